@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FractalAD, ADPS and AAND as anomalib models."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from anomalib_fractalad.plugin import DATA_MODULES, MODELS, register_on_import
+
+if TYPE_CHECKING:
+    from anomalib_fractalad.data import SurfaceDefects
+    from anomalib_fractalad.models import FractalAD
+    from anomalib_fractalad.transforms import FractalAnomalyGenerator
+
+__version__ = "0.1.0"
+__all__ = ["FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
+
+_LAZY = {**MODELS, **DATA_MODULES, "FractalAnomalyGenerator": "anomalib_fractalad.transforms"}
+
+register_on_import()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anomaly detection models, one package for each."""
+
+# First, so that the registration hooks find this package's models untouched whichever import comes first.
+import anomalib.models  # noqa: F401
+
+from anomalib_fractalad.models.fractalad import FractalAD, FractalADModel
+
+__all__ = ["FractalAD", "FractalADModel"]

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that at least two models share."""
+
+from .backbone import Backbone, FrozenTeacher
+from .discrepancy import at_least_float32, cosine_distance
+from .lightning_module import DistillationModule, check_positive
+from .score import ImageScore, Reduction
+
+__all__ = [
+    "Backbone",
+    "DistillationModule",
+    "FrozenTeacher",
+    "ImageScore",
+    "Reduction",
+    "at_least_float32",
+    "check_positive",
+    "cosine_distance",
+]

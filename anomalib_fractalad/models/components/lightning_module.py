@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package's Lightning modules have in common."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Normalize, Resize
+
+# anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+EXPORT_OPSET = 18  # grid_sample needs 16; torch's exporter writes 18 and can only fail to go below
+
+
+class DistillationModule(_Base):
+    """Training length, evaluation, export and resuming, the same for every model of the package.
+
+    A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
+    """
+
+    epochs: int | None
+    _random_state: dict[str, Any] | None = None
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer settings that the model insists on."""
+        length = {} if self.epochs is None else {"max_epochs": self.epochs}
+        return {"num_sanity_val_steps": 0, **length}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images alone."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize, and nothing else: anomalies are made on plain images, and the network normalises by itself.
+
+        Args:
+            image_size: Height and width. Defaults to (256, 256).
+        """
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's image and pixel AUROC and F1, and pixel AP (AUPR) and AUPRO.
+
+        Pixel metrics are left out where the data have no masks.
+        """
+        maps = ["anomaly_map", "gt_mask"]
+        return Evaluator(
+            test_metrics=[
+                AUROC(["pred_score", "gt_label"], "image_"),
+                F1Score(["pred_label", "gt_label"], "image_"),
+                AUROC(maps, "pixel_", strict=False),
+                F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False),
+                AUPR(maps, "pixel_", strict=False),
+                AUPRO(maps, "pixel_", strict=False),
+            ],
+        )
+
+    def on_fit_start(self) -> None:
+        """Refuse normalised images, and go on with the random numbers of the checkpoint that training resumes from.
+
+        Raises:
+            ValueError: If the pre-processor normalises images.
+        """
+        if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
+            msg = (
+                f"the pre-processor of {self.name} must not contain Normalize: anomalies are made on images in [0, 1], "
+                "and the network normalises by itself. Leave Normalize out of the pre-processor's transform."
+            )
+            raise ValueError(msg)
+        if self.trainer.ckpt_path is not None and self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"])
+            for device, state in enumerate(self._random_state["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of torch's random number generators beside the weights."""
+        super().on_save_checkpoint(checkpoint)
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the random number generators' state for a resumed training."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("random_state")
+        self._random_state = state and {
+            "cpu": state["cpu"].cpu(),
+            "cuda": [device_state.cpu() for device_state in state["cuda"]],
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load a trained model; no pre-trained weights are fetched, since the checkpoint holds the teacher's.
+
+        Args:
+            checkpoint_path: A Lightning checkpoint.
+            *args: As for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
+            **kwargs: Likewise; also arguments of the model to override.
+        """
+        kwargs.setdefault("pre_trained", False)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Predict maps and scores of a validation batch."""
+        del args, kwargs
+        predictions: InferenceBatch = self.model(batch.image)
+        return batch.update(**predictions._asdict())  # type: ignore[no-any-return]
+
+    def to_onnx(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, with operators of opset 18 unless told otherwise.
+
+        Args:
+            export_root: Folder to export into.
+            model_file_name: Name of the file, without its ending.
+            input_size: Height and width; left out, any size is taken.
+            **kwargs: Passed on to :func:`torch.onnx.export`.
+
+        Returns:
+            The ONNX file.
+        """
+        kwargs.setdefault("opset_version", EXPORT_OPSET)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse arguments that are given but not above zero.
+
+    Args:
+        **values: Arguments by name.
+
+    Raises:
+        ValueError: If one is zero or less.
+    """
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            msg = f"{name} is {value}; it must be above 0"
+            raise ValueError(msg)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FractalAD: industrial anomaly segmentation with fractal anomalies and backbone knowledge distillation.
+
+Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
+"""
+
+from typing import Any
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.optim import AdamW, Optimizer
+
+from anomalib_fractalad.models.components import DistillationModule, Reduction, check_positive
+from anomalib_fractalad.transforms import FractalAnomalyGenerator
+
+from .loss import DistillationLoss, SegmentationLoss
+from .torch_model import FractalADModel
+
+WEIGHT_DECAY_WITH_DISTILLATION = 1e-3
+WEIGHT_DECAY_WITHOUT_DISTILLATION = 1e-2
+
+
+class FractalAD(DistillationModule, AnomalibModule):
+    """FractalAD, trained end to end on normal images and fractal anomalies made from them.
+
+    Args:
+        backbone: Name of a timm CNN with feature levels at strides 4, 8, 16 and 32, for teacher and student.
+        pre_trained: Load ImageNet weights into the teacher.
+        distillation: Train a student and segment its features, weighted by their distance to the teacher's. Without
+            it the segmentation head reads the teacher's features, which the paper does for textures.
+        object_mode: Keep anomalies on the object and scale them to its size. For single objects on a plain background.
+        score: Image score from the anomaly map: mean (published), max, or top, the mean of the highest pixels, which
+            is better where defects are small.
+        top_share: Share of the pixels, above 0 and at most 1, that the score top takes.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW. Left out, it is 0.001 with distillation and 0.01 without, as published.
+        epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
+            Left out, the trainer's max_epochs rules.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
+        post_processor: Post-processor, or whether to use anomalib's default.
+        evaluator: Evaluator, or whether to use the default metrics.
+        visualizer: Visualizer, or whether to use anomalib's default.
+
+    Raises:
+        ValueError: If an argument is out of range, or the backbone is unknown or lacks a feature level.
+        RuntimeError: If the pre-trained weights cannot be loaded.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_fractalad import FractalAD, SurfaceDefects
+        >>> Engine(max_epochs=20).train(FractalAD(), datamodule=SurfaceDefects())  # doctest: +SKIP
+    """
+
+    model: FractalADModel
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        pre_trained: bool = True,
+        distillation: bool = True,
+        object_mode: bool = False,
+        score: Reduction = "mean",
+        top_share: float = 0.005,
+        learning_rate: float = 1e-3,
+        weight_decay: float | None = None,
+        epochs: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_positive(learning_rate=learning_rate, epochs=epochs)
+        if weight_decay is None:
+            weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
+        if weight_decay < 0:
+            msg = f"weight_decay is {weight_decay}; it must be 0 or more"
+            raise ValueError(msg)
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.generator = FractalAnomalyGenerator(object_mode=object_mode)
+        self.model = FractalADModel(backbone, pre_trained, distillation, score, top_share)
+        self.distillation_loss = DistillationLoss()
+        self.segmentation_loss = SegmentationLoss()
+
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Make anomalies, distil the normal images, segment the anomalous ones.
+
+        Args:
+            batch: Normal images (B, 3, H, W), values in [0, 1].
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            The loss.
+        """
+        del args, kwargs
+        normal, anomalous, mask = self.generator.augment(batch.image)
+        losses = self.segmentation_loss(self.model.segment(anomalous), mask)
+        if self.model.student is not None:
+            losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(normal))
+        self.log_dict({f"train_{name}": part for name, part in losses.items()}, prog_bar=True, batch_size=len(normal))
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW over student and head, with a constant learning rate."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)

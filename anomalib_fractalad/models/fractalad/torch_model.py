@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of FractalAD: frozen teacher, student, cosine similarity attention and segmentation head."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torchvision.ops import Conv2dNormActivation
+
+from anomalib_fractalad.models.components import Backbone, FrozenTeacher, ImageScore, Reduction, cosine_distance
+
+STRIDES = (4, 8, 16, 32)
+
+_conv_norm_relu = partial(Conv2dNormActivation, bias=True)
+
+
+class FractalADModel(nn.Module):
+    """Segmentation of anomalies from a student's features, weighted by their distance to a frozen teacher's.
+
+    FractalAD (arXiv 2301.12739), section III.
+
+    Args:
+        backbone: Name of a timm CNN with feature levels at strides 4, 8, 16 and 32.
+        pre_trained: Load ImageNet weights into the teacher.
+        distillation: Train a student and read its weighted features; otherwise the head reads the teacher's features.
+        score: Image score from the anomaly map: ``mean`` (published), ``max`` or ``top`` (mean of the highest pixels).
+        top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
+
+    Raises:
+        ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
+        RuntimeError: If the pre-trained weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        pre_trained: bool = True,
+        distillation: bool = True,
+        score: Reduction = "mean",
+        top_share: float = 0.005,
+    ) -> None:
+        super().__init__()
+        self.score = ImageScore(score, top_share)
+        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained)
+        self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
+        self.head = SegmentationHead(self.teacher.channels)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Predict anomaly maps and image scores.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
+        """
+        anomaly_map = self.segment(images).sigmoid()
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def segment(self, images: Tensor) -> Tensor:
+        """Segment anomalies; gradients reach the head alone.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            Logits (B, 1, H, W).
+        """
+        features = self.teacher(images)
+        if self.student is not None:
+            with torch.no_grad():
+                features = list(map(cosine_similarity_attention, features, self.student(images)))
+        logits: Tensor = self.head(features, images.shape[-2:])
+        return logits
+
+
+def cosine_similarity_attention(teacher: Tensor, student: Tensor) -> Tensor:
+    """Weight the student's features by how far they are from the teacher's: (1 - cos) / 2 x student.
+
+    Args:
+        teacher: (B, C, H, W).
+        student: (B, C, H, W).
+
+    Returns:
+        (B, C, H, W).
+    """
+    return cosine_distance(teacher, student).to(student.dtype) / 2 * student
+
+
+class SegmentationHead(nn.Module):
+    """Semantic flow network (SFNet, Li et al., ECCV 2020): one logit map from the maps of several stages.
+
+    Args:
+        channels: Channels of each stage, from the finest to the coarsest.
+        width: Channels inside the head.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 64) -> None:
+        super().__init__()
+        finer_stages = len(channels) - 1
+        self.lateral = nn.ModuleList(_conv_norm_relu(stage, width, kernel_size=1) for stage in channels)
+        self.align = nn.ModuleList(FlowAlignment(width) for _ in range(finer_stages))
+        self.smooth = nn.ModuleList(_conv_norm_relu(width, width, kernel_size=3) for _ in range(finer_stages))
+        self.fuse = _conv_norm_relu(len(channels) * width, width, kernel_size=3)
+        self.classify = nn.Conv2d(width, 1, kernel_size=3, padding=1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Fuse the stages from the coarsest to the finest and segment.
+
+        Args:
+            features: (B, C_i, H_i, W_i) for each stage, from the finest to the coarsest.
+            size: Height and width of the logits.
+
+        Returns:
+            Logits (B, 1, *size).
+        """
+        pyramid = [lateral(stage) for lateral, stage in zip(self.lateral, features, strict=True)]
+        for i in reversed(range(len(pyramid) - 1)):
+            pyramid[i] = self.smooth[i](pyramid[i] + self.align[i](pyramid[i], pyramid[i + 1]))
+        finest = pyramid[0].shape[-2:]
+        fused = self.fuse(torch.cat([_resize(stage, finest) for stage in pyramid], dim=1))
+        return _resize(self.classify(fused), size)
+
+
+class FlowAlignment(nn.Module):
+    """Warp a coarser map along a predicted flow, then bring it to the finer map's size.
+
+    Args:
+        width: Channels of both maps.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.flow = nn.Conv2d(2 * width, 2, kernel_size=3, padding=1)
+
+    def forward(self, finer: Tensor, coarser: Tensor) -> Tensor:
+        """Align the coarser map with the finer.
+
+        Args:
+            finer: (B, C, H, W).
+            coarser: (B, C, h, w).
+
+        Returns:
+            The coarser map, warped, (B, C, H, W).
+        """
+        flow = self.flow(torch.cat([finer, _resize(coarser, finer.shape[-2:])], dim=1))
+        return _resize(warp(coarser, _resize(flow, coarser.shape[-2:])), finer.shape[-2:])
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Sample an image where the flow points to; zeros outside.
+
+    The published code divides pixel positions by size - 1 but samples with ``align_corners=False``; so does this.
+
+    Args:
+        image: (B, C, H, W).
+        flow: (B, 2, H, W), x and y in pixels.
+
+    Returns:
+        (B, C, H, W).
+    """
+    height, width = image.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype).expand(height, width)
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype).unsqueeze(1).expand(height, width)
+    x = 2 * (x + flow[:, 0]) / max(width - 1, 1) - 1
+    y = 2 * (y + flow[:, 1]) / max(height - 1, 1) - 1
+    return F.grid_sample(image, torch.stack([x, y], dim=-1), align_corners=False)
+
+
+def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False)

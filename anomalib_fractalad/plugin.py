@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of the package's models and data modules with anomalib.
+
+anomalib finds a model by looking at what has been imported. Every process that uses anomalib imports torch, and torch
+calls :func:`register_on_import` at the end of its own import (entry-point group ``torch.backends``). From then on, an
+import of anomalib also brings in this package's models, so that ``--model FractalAD``, ``get_model("FractalAD")`` and
+``from anomalib.models import FractalAD`` need nothing else.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
+MODELS = {"FractalAD": "anomalib_fractalad.models.fractalad"}
+
+
+def register_on_import() -> None:
+    """Arrange for models and data modules to be registered as soon as anomalib is imported.
+
+    Imports nothing heavy and never raises: a failure becomes one warning.
+    """
+    if any(target in sys.modules for target in _HOOKS):
+        _register_hooks()
+    elif not any(isinstance(finder, _AnomalibWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AnomalibWatcher())
+
+
+class _AnomalibWatcher:
+    """Puts off the import of wrapt, which takes longer than all the rest, to the first import of anomalib."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        del path, target
+        if fullname.partition(".")[0] != "anomalib":
+            return None
+        sys.meta_path.remove(self)
+        _register_hooks()
+        return find_spec(fullname)
+
+
+_registered = False
+
+
+def _register_hooks() -> None:
+    global _registered  # noqa: PLW0603
+    if _registered:
+        return
+    _registered = True
+    try:
+        from wrapt import register_post_import_hook  # noqa: PLC0415
+
+        for module, hook in _HOOKS.items():
+            register_post_import_hook(_harmless(hook), module)
+    except Exception as error:
+        _warn(error)
+
+
+def _harmless(hook: Callable[[], None]) -> Callable[[ModuleType], None]:
+    def run(_module: ModuleType) -> None:
+        try:
+            hook()
+        except Exception as error:
+            _warn(error)
+
+    return run
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"anomalib-fractalad could not register its models with anomalib ({type(error).__name__}: {error}). "
+        "anomalib itself works on without them. Install an anomalib that anomalib-fractalad supports: "
+        "pip install 'anomalib>=2.7,<3'.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _publish(names: dict[str, str], package: str) -> None:
+    for name, module in names.items():
+        setattr(sys.modules[package], name, getattr(importlib.import_module(module), name))
+
+
+def _publish_data_modules() -> None:
+    _publish(DATA_MODULES, "anomalib.data")
+
+
+def _publish_models() -> None:
+    _publish(MODELS, "anomalib.models")
+
+
+def _allow_own_class_paths() -> None:
+    """Let ``get_model`` take ``anomalib_fractalad.NAME``: its list of trusted packages knows only anomalib's."""
+    sys.modules["anomalib.models"].ALLOWED_MODULES.add("anomalib_fractalad")
+
+
+# torch may be imported from the middle of anomalib.data or anomalib.models. So each hook waits for a part that is
+# always imported after torch and that holds all that the package's own modules need.
+_HOOKS: dict[str, Callable[[], None]] = {
+    "anomalib.data.datamodules": _publish_data_modules,
+    "anomalib.models.components": _publish_models,
+    "anomalib.pipelines": _allow_own_class_paths,
+}
