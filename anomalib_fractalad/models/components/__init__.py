@@ -3,13 +3,16 @@
 
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
+from .generator import AnomalyGenerator, GeneratorChoice
 from .lightning_module import DistillationModule, check_positive
 from .score import ImageScore, Reduction
 
 __all__ = [
+    "AnomalyGenerator",
     "Backbone",
     "DistillationModule",
     "FrozenTeacher",
+    "GeneratorChoice",
     "ImageScore",
     "Reduction",
     "at_least_float32",
