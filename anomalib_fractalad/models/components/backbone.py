@@ -26,6 +26,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: Channels of each stage.
         strides: Stride of each stage relative to the image.
+        levels: Name of each stage in timm.
 
     Raises:
         ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a stage.
@@ -40,6 +41,7 @@ class Backbone(nn.Module):
         self.features: nn.Module = features
         self.channels: list[int] = features.feature_info.channels()
         self.strides: list[int] = features.feature_info.reduction()
+        self.levels: list[str] = features.feature_info.module_name()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of ADPS: frozen teacher, student of patches, weight mask block and post-segmentation."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import GaussianBlur2d
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from anomalib_fractalad.models.components import (
+    Backbone,
+    FrozenTeacher,
+    ImageScore,
+    at_least_float32,
+    check_positive,
+    cosine_distance,
+)
+
+LAYERS = (4, 8, 16)  # the strides of a ResNet's first three stages
+
+
+class ADPSModel(nn.Module):
+    """Segmentation of anomalies from a teacher's features, weighted by how badly a student of patches follows them.
+
+    ADPS (arXiv 2210.10495), section III.
+
+    Args:
+        backbone: Name of a timm CNN.
+        pre_trained: Load ImageNet weights into the teacher.
+        layers: The stages, from the finest to the coarsest: strides or names of timm's feature levels.
+        patches: The student sees ``patches`` x ``patches`` parts of the image.
+        split_layers: Those of ``layers`` after which the student's features are split 2 x 2 once more.
+        smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
+
+    Raises:
+        ValueError: If the backbone lacks a stage, or an argument is out of range.
+        RuntimeError: If the pre-trained weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        pre_trained: bool = True,
+        layers: Sequence[int | str] = LAYERS,
+        patches: int = 8,
+        split_layers: Sequence[int | str] = (),
+        smoothing: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_positive(patches=patches, smoothing=smoothing)
+        self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained)
+        self.student = PatchStudent(backbone, layers, patches, split_layers)
+        self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
+        self.smooth = GaussianBlur2d(smoothing)
+        self.score = ImageScore("max")
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Predict anomaly maps and image scores.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
+        """
+        logits = self.segment(*self.compare(images))
+        anomaly_map = at_least_float32(logits).softmax(dim=1)[:, 1:]
+        return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
+
+    def compare(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Compare the teacher's features of the image with the student's of its patches.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            The teacher's features T_i, (B, C_i, H_i, W_i), and 1 - W_i = 1 - cos(T_i, S_i), (B, 1, H_i, W_i), for each
+            stage.
+
+        Raises:
+            ValueError: If the images cannot be divided into patches.
+        """
+        self.student.check_size(images.shape[-2:])
+        teacher = self.teacher(images)
+        return teacher, list(map(cosine_distance, teacher, self.student(images)))
+
+    def segment(self, teacher: Sequence[Tensor], distances: Sequence[Tensor]) -> Tensor:
+        """Weigh the teacher's features and segment anomalies.
+
+        Args:
+            teacher: (B, C_i, H_i, W_i) for each stage.
+            distances: (B, 1, H_i, W_i) for each stage.
+
+        Returns:
+            Logits (B, 2, H, W), normal and anomalous.
+        """
+        logits: Tensor = self.decoder(list(map(weight_mask_block, teacher, distances)))
+        return logits
+
+
+def weight_mask_block(teacher: Tensor, distance: Tensor) -> Tensor:
+    """The teacher's features, weighted by how badly the student follows: C = (1 - W) x T.
+
+    Args:
+        teacher: (B, C, H, W).
+        distance: 1 - W, (B, 1, H, W).
+
+    Returns:
+        (B, C, H, W).
+    """
+    return distance.to(teacher.dtype) * teacher
+
+
+class PatchStudent(Backbone):
+    """A backbone with random weights that sees an image's patches one by one.
+
+    Args:
+        name: Name of a timm model.
+        layers: The stages, from the finest to the coarsest.
+        patches: Patches along each side of the image.
+        split_layers: Those of ``layers`` after which features are split 2 x 2 once more.
+
+    Attributes:
+        size_multiple: What an image's height and width have to be multiples of.
+
+    Raises:
+        ValueError: If stages are out of order, or ``split_layers`` are not among ``layers`` or name the last.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int | str],
+        patches: int,
+        split_layers: Sequence[int | str] = (),
+    ) -> None:
+        super().__init__(name, layers, pre_trained=False)
+        if any(finer >= coarser for finer, coarser in pairwise(self.strides)):
+            msg = f"layers {list(layers)} have strides {self.strides}; name one layer of each stride, the finest first"
+            raise ValueError(msg)
+        if wrong := [layer for layer in split_layers if layer not in layers[:-1]]:
+            msg = f"split_layers has {wrong}; it takes those of layers {list(layers)} that have another behind them"
+            raise ValueError(msg)
+        self.patches = patches
+        grids = [patches]
+        self.grids: list[list[int]] = []
+        for layer, level in zip(layers, self.levels, strict=True):
+            if layer in split_layers:
+                grids = [*grids, 2]
+                _find_module(self.features, level).register_forward_hook(_split_output)
+            self.grids.append(grids)
+        self.size_multiple: int = self.strides[-1] * patches * 2 ** len(split_layers)
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Refuse a size that cannot be divided into patches.
+
+        Args:
+            size: Height and width of the image.
+
+        Raises:
+            ValueError: If they are not multiples of ``size_multiple``.
+        """
+        multiple = self.size_multiple
+        if any(side % multiple for side in size):
+            smaller = "x".join(str(max(side // multiple, 1) * multiple) for side in size)
+            larger = "x".join(str(-(-side // multiple) * multiple) for side in size)
+            msg = (
+                f"an image of {size[0]}x{size[1]} (height x width) cannot be divided into {self.patches} x "
+                f"{self.patches} patches (patches={self.patches}): with features of stride {self.strides[-1]}, its sides must be "
+                f"multiples of {multiple}. Resize to {' or '.join(dict.fromkeys((smaller, larger)))} in the "
+                "pre-processor, or choose fewer patches."
+            )
+            raise ValueError(msg)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Extract the features of all patches as one batch and put them back in their places.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            (B, C_i, H_i, W_i) for each stage.
+        """
+        features = super().forward(split(images, self.patches))
+        for i, grids in enumerate(self.grids):
+            for grid in reversed(grids):
+                features[i] = join(features[i], grid)
+        return features
+
+
+def split(images: Tensor, grid: int) -> Tensor:
+    """Cut images into ``grid`` x ``grid`` patches, row by row.
+
+    Args:
+        images: (B, C, H, W).
+        grid: Patches along each side, a divisor of H and W.
+
+    Returns:
+        (B x grid x grid, C, H / grid, W / grid).
+    """
+    batch, channels, height, width = images.shape
+    cells = images.reshape(batch, channels, grid, height // grid, grid, width // grid)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def join(patches: Tensor, grid: int) -> Tensor:
+    """Put patches back together; the reverse of :func:`split`.
+
+    Args:
+        patches: (B x grid x grid, C, h, w).
+        grid: Patches along each side.
+
+    Returns:
+        (B, C, grid x h, grid x w).
+    """
+    cells = patches.reshape(-1, grid, grid, *patches.shape[1:])
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _split_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    return split(output, 2)
+
+
+def _find_module(features: nn.Module, level: str) -> nn.Module:
+    """The module of a feature level, whose name timm may have flattened."""
+    flat = level.replace(".", "_")
+    return features.get_submodule(flat if flat in dict(features.named_children()) else level)
+
+
+class PostSegmentation(nn.Module):
+    """U-Net's decoder (Ronneberger et al., MICCAI 2015), from weighted features to logits of the image's size.
+
+    Args:
+        channels: Channels of each stage, from the finest to the coarsest.
+        strides: Stride of each stage, powers of 2.
+    """
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        skips = dict(zip(strides, channels, strict=True))
+        width, stride = channels[-1], strides[-1]
+        self.blocks = nn.ModuleList()
+        while stride > 1:
+            stride //= 2
+            skip = skips.get(stride, 0)
+            out_channels = skip or max(width // 2, 16)
+            self.blocks.append(UpBlock(width, skip, out_channels))
+            width = out_channels
+        self.classify = nn.Conv2d(width, 2, kernel_size=3, padding=1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Segment.
+
+        Args:
+            features: (B, C_i, H / stride_i, W / stride_i) for each stage, from the finest to the coarsest.
+
+        Returns:
+            Logits (B, 2, H, W), normal and anomalous.
+        """
+        *skips, x = features
+        for block in self.blocks:
+            x = block(x, skips.pop() if block.has_skip else None)
+        logits: Tensor = self.classify(x)
+        return logits
+
+
+class UpBlock(nn.Module):
+    """Double the size, join with the features of the next finer stage where there is one, and convolve twice.
+
+    Args:
+        in_channels: Channels of the coarser map.
+        skip_channels: Channels of the finer stage; 0 where there is none.
+        out_channels: Channels of the result.
+    """
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.has_skip = skip_channels > 0
+        conv_norm_relu = partial(Conv2dNormActivation, kernel_size=3)
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.convolve = nn.Sequential(
+            conv_norm_relu(out_channels + skip_channels, out_channels),
+            conv_norm_relu(out_channels, out_channels),
+        )
+
+    def forward(self, coarser: Tensor, finer: Tensor | None) -> Tensor:
+        """Go one level up.
+
+        Args:
+            coarser: (B, C, H, W).
+            finer: (B, C', 2H, 2W), or ``None`` without a skip.
+
+        Returns:
+            (B, C'', 2H, 2W).
+        """
+        x = self.up(coarser)
+        if finer is not None:
+            x = torch.cat([x, finer], dim=1)
+        result: Tensor = self.convolve(x)
+        return result
