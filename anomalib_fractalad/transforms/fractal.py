@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fractal anomaly generation (Xia et al., FractalAD, arXiv 2301.12739)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from kornia.enhance import adjust_hue, adjust_saturation_with_gray_subtraction
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from .foreground import object_mask, shorter_side
+from .ifs import draw, sample_systems
+
+MIN_IMAGE_SIZE = 32
+# A stamp is 3 pixels wide.
+MIN_PATCH_SIZE = 3
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+SLIGHT_JITTER, STRONG_JITTER, CHANNEL_GAIN = range(3)
+
+
+class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Paste fractal-shaped, recolored, flipped and rotated patches of an image into the same image.
+
+    Takes the place of anomalib's ``PerlinAnomalyGenerator``: images in, anomalous images and masks out. All random
+    numbers of a batch are drawn by :meth:`generate_parameters`; :meth:`apply` has no randomness of its own. The
+    defaults are the published ones.
+
+    Grey images keep one channel: saturation and hue have nothing to act on, and one channel gain is applied, not two.
+
+    Args:
+        patch_size: Range of the patch's side, as a share of the image's shorter side.
+        position_margin: Share of height and width, at each border, that no patch is taken from or pasted to.
+        color_probabilities: Probabilities of the three recolorings: slight jitter, strong jitter, channel gain.
+        slight_jitter: Strength of the slight jitter of brightness, contrast, saturation and hue, at most 0.5.
+        strong_jitter: Strength of the strong jitter of brightness and contrast, at most 1.
+        channel_gain: Range of the gains of two channels, which are drawn with replacement.
+        wrap: Let values that a channel gain brings above 255 start at 0 again, as the published 8-bit code does;
+            otherwise they are clipped.
+        flip_probability: Probability of a left-right flip, and of a top-bottom flip.
+        rotation: Range of the counterclockwise rotation in degrees.
+        maps: Number of maps of the iterated function systems.
+        points: Number of points that an attractor is drawn with.
+        dilations: Number of times that the pasted shape is dilated with 3x3 pixels to give the mask.
+        noise_probability: Probability of Gaussian noise inside the mask.
+        noise_amplitude: Standard deviation of the noise, the same in all channels.
+        jitter: Strength of the jitter that :meth:`augment` applies to both normal and anomalous image, at most 0.5.
+        object_mode: Take patches from, and paste them to, the object on a plain background (see
+            :func:`~anomalib_fractalad.transforms.foreground.object_mask`). Where no object is found, or none that a
+            patch fits, the plain mode is used for that image.
+        object_patch_size: Range of the patch's side in object mode, as a share of the object's shorter side. It never
+            exceeds the image's shorter side.
+        probability: Probability that an image gets an anomaly; the others are returned as they are, with empty masks.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        patch_size: tuple[float, float] = (0.1, 0.5),
+        position_margin: float = 0.1,
+        color_probabilities: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+        slight_jitter: float = 0.2,
+        strong_jitter: float = 1.0,
+        channel_gain: tuple[float, float] = (0.0, 2.0),
+        wrap: bool = True,
+        flip_probability: float = 0.5,
+        rotation: tuple[float, float] = (15.0, 75.0),
+        maps: int = 2,
+        points: int = 100_000,
+        dilations: int = 3,
+        noise_probability: float = 0.5,
+        noise_amplitude: float = 10 / 255,
+        jitter: float = 0.05,
+        object_mode: bool = False,
+        object_patch_size: tuple[float, float] = (0.05, 1.5),
+        probability: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_range("position_margin", position_margin, 0, 0.5)
+        _check_interval("patch_size", patch_size, 0, 1 - 2 * position_margin)
+        for color_probability in color_probabilities:
+            _check_range("color_probabilities", color_probability, 0, 1)
+        if len(color_probabilities) != 3 or not math.isclose(sum(color_probabilities), 1, abs_tol=1e-6):
+            msg = f"color_probabilities={color_probabilities}: three probabilities that sum to 1 are needed."
+            raise ValueError(msg)
+        _check_range("slight_jitter", slight_jitter, 0, 0.5)
+        _check_range("strong_jitter", strong_jitter, 0, 1)
+        _check_interval("channel_gain", channel_gain, 0, math.inf)
+        _check_range("flip_probability", flip_probability, 0, 1)
+        _check_interval("rotation", rotation, -360, 360)
+        _check_range("maps", maps, 2, math.inf)
+        _check_range("points", points, 1, math.inf)
+        _check_range("dilations", dilations, 0, math.inf)
+        _check_range("noise_probability", noise_probability, 0, 1)
+        _check_range("noise_amplitude", noise_amplitude, 0, 1)
+        _check_range("jitter", jitter, 0, 0.5)
+        _check_interval("object_patch_size", object_patch_size, 0, math.inf)
+        _check_range("probability", probability, 0, 1)
+        self.patch_size = patch_size
+        self.position_margin = position_margin
+        self.color_probabilities = color_probabilities
+        self.slight_jitter = slight_jitter
+        self.strong_jitter = strong_jitter
+        self.channel_gain = channel_gain
+        self.wrap = wrap
+        self.flip_probability = flip_probability
+        self.rotation = rotation
+        self.maps = maps
+        self.points = points
+        self.dilations = dilations
+        self.noise_probability = noise_probability
+        self.noise_amplitude = noise_amplitude
+        self.jitter = jitter
+        self.object_mode = object_mode
+        self.object_patch_size = object_patch_size
+        self.probability = probability
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Make anomalies.
+
+        Args:
+            image: Image ``(C, H, W)`` or batch ``(B, C, H, W)`` with 1 or 3 channels, each side at least 32 pixels,
+                floating point, values in [0, 1].
+
+        Returns:
+            Anomalous images of the same shape, values in [0, 1], and their masks ``(1, H, W)`` or ``(B, 1, H, W)`` in
+            the same data type, 1 where the anomaly is. Outside the masks nothing changes.
+
+        Raises:
+            TypeError: If ``image`` is a mask or is not of a floating-point type.
+            ValueError: If shape or values are not as described.
+        """
+        images = _checked_batch(image)
+        anomalous, masks = self.apply(images, self.generate_parameters(images))
+        return (anomalous, masks) if image.ndim == 4 else (anomalous[0], masks[0])
+
+    @torch.no_grad()
+    def augment(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make anomalies, and give normal and anomalous images the same slight jitter, as the published training does.
+
+        Args:
+            image: As in :meth:`forward`.
+
+        Returns:
+            Normal images, anomalous images and masks. Normal and anomalous images are equal outside the masks.
+
+        Raises:
+            TypeError: As :meth:`forward`.
+            ValueError: As :meth:`forward`.
+        """
+        images = _checked_batch(image)
+        parameters = self.generate_parameters(images)
+        anomalous, masks = self.apply(images, parameters)
+        normal, anomalous = self._jitter_alike(images, anomalous, masks, parameters)
+        return (normal, anomalous, masks) if image.ndim == 4 else (normal[0], anomalous[0], masks[0])
+
+    def generate_parameters(self, images: Tensor) -> dict[str, Tensor]:
+        """Draw all random numbers for a batch.
+
+        Args:
+            images: Images ``(B, C, H, W)``. Their size and device count; in object mode their content, too.
+
+        Returns:
+            Tensors with one row for each image: ``active`` (whether it gets an anomaly), ``side``, ``source`` and
+            ``target`` (patch side and top left corners in pixels), ``color`` (which recoloring), ``factors``
+            (brightness, contrast, saturation, hue in turns), ``channels`` and ``gains``, ``flip`` (top-bottom and
+            left-right), ``angle`` (degrees), ``systems``, ``stamps``, ``noise`` (to be added, from the top left corner
+            of the dilated patch) and ``jitter`` (like ``factors``); and ``order``, in which brightness, contrast,
+            saturation and hue are changed throughout the batch. All are on the CPU but ``noise``, which is on the
+            images' device.
+        """
+        batch, channels = images.shape[:2]
+        side, source, target = self._place(images)
+        color = torch.multinomial(torch.tensor(self.color_probabilities), batch, replacement=True)
+        strength = torch.tensor([[self.slight_jitter] * 4, [self.strong_jitter] * 2 + [0.0] * 2, [0.0] * 4])
+        stamps = torch.randint(2, (batch, 3, 3), dtype=torch.bool)
+        # A pattern without a pixel would make an empty mask.
+        stamps[:, 1, 1] |= ~stamps.flatten(1).any(1)
+        reach = int(side.max()) + 2 * self.dilations
+        noisy = torch.rand(batch) < self.noise_probability
+        noise = self.noise_amplitude * torch.randn(batch, reach, reach, device=images.device)
+        return {
+            "active": torch.rand(batch) < self.probability,
+            "side": side,
+            "source": source,
+            "target": target,
+            "color": color,
+            "factors": _sample_jitter(strength[color]),
+            "order": torch.randperm(4),
+            "channels": torch.randint(channels, (batch, 2)),
+            "gains": _uniform(self.channel_gain, batch, 2),
+            "flip": torch.rand(batch, 2) < self.flip_probability,
+            "angle": _uniform(self.rotation, batch),
+            "systems": sample_systems(batch, self.maps),
+            "stamps": stamps,
+            "noise": noise * noisy.to(images.device)[:, None, None],
+            "jitter": _sample_jitter(torch.full((batch, 4), self.jitter)),
+        }
+
+    def _place(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw patch sides ``(B,)`` and corners ``(B, 2)`` of where patches come from and go to."""
+        batch, _, *size = images.shape
+        side = (_uniform(self.patch_size, batch) * min(size)).long().clamp(min=MIN_PATCH_SIZE)
+        shares = torch.rand(2, batch, 2)
+        start = self.position_margin * torch.tensor(size)
+        room = (1 - 2 * self.position_margin) * torch.tensor(size) - side[:, None]
+        corners = (start + shares * room.clamp(min=0)).long()
+        if not self.object_mode:
+            return side, *corners
+        masks = object_mask(images)
+        object_side = _uniform(self.object_patch_size, batch) * shorter_side(masks).cpu()
+        object_side = object_side.long().clamp(MIN_PATCH_SIZE, min(size))
+        centers, found = _sample_centers(masks.squeeze(1), object_side, shares[..., 0])
+        side = torch.where(found, object_side, side)
+        corners = torch.where(found[:, None], centers - object_side[:, None] // 2, corners)
+        return side, *corners
+
+    def apply(self, images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Make the anomalies that the parameters describe.
+
+        Args:
+            images: Images ``(B, C, H, W)``.
+            parameters: What :meth:`generate_parameters` returned for images of this number, shape and device.
+
+        Returns:
+            Anomalous images ``(B, C, H, W)`` and masks ``(B, 1, H, W)``.
+        """
+        parameters = {
+            name: value if name == "order" else value.to(images.device, non_blocking=True)
+            for name, value in parameters.items()
+        }
+        shape = draw(parameters["systems"], parameters["side"], parameters["stamps"], self.points)
+        shape &= parameters["active"][:, None, None]
+        image, pasted, copied = _rotated_patch(shape, parameters)
+        source = parameters["source"][image] + copied
+        target = parameters["target"][image] + pasted
+
+        # Only the pixels that change are touched: a list (C, N) out of all images.
+        values = self._recolor(_pixels(images, image, source), image, parameters)
+        anomalous = images.clone(memory_format=torch.contiguous_format)
+        _set_pixels(anomalous, image, target, values)
+
+        image, position = self._dilated(shape, image, pasted)
+        target = parameters["target"][image] + position - self.dilations
+        inside = ((target >= 0) & (target < target.new_tensor(images.shape[-2:]))).all(1)
+        image, position, target = image[inside], position[inside], target[inside]
+        masks = torch.zeros_like(anomalous[:, :1])
+        _set_pixels(masks, image, target, masks.new_ones(1, 1))
+        noise = parameters["noise"][image, position[:, 0], position[:, 1]]
+        _set_pixels(anomalous, image, target, (_pixels(anomalous, image, target) + noise).clamp(0, 1))
+        return anomalous, masks
+
+    def _dilated(self, shape: Tensor, image: Tensor, pasted: Tensor) -> tuple[Tensor, Tensor]:
+        """Dilate the pasted pixels; positions count from the corner of the patch grown by the dilations."""
+        side = shape.shape[-1] + 2 * self.dilations
+        grown = torch.zeros(len(shape), side, side, dtype=torch.uint8, device=shape.device)
+        rows, columns = (pasted + self.dilations).unbind(1)
+        grown[image, rows, columns] = 1
+        for _ in range(self.dilations):
+            for dim in (1, 2):
+                before, after = grown.narrow(dim, 0, side - 1), grown.narrow(dim, 1, side - 1)
+                grown = grown.clone()
+                grown.narrow(dim, 1, side - 1).bitwise_or_(before)
+                grown.narrow(dim, 0, side - 1).bitwise_or_(after)
+        pixels = grown.nonzero()
+        return pixels[:, 0], pixels[:, 1:]
+
+    def _recolor(self, values: Tensor, image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Recolor pixels ``(C, N)`` of the images ``(N,)``."""
+        color = parameters["color"][image]
+        factors = parameters["factors"].T
+        for kind, changed in ((SLIGHT_JITTER, range(4)), (STRONG_JITTER, (BRIGHTNESS, CONTRAST))):
+            chosen = (color == kind).nonzero().squeeze(1)
+            order = [change for change in parameters["order"].tolist() if change in changed]
+            values[:, chosen] = _jitter_list(values[:, chosen], image[chosen], factors, order)
+        chosen = (color == CHANNEL_GAIN).nonzero().squeeze(1)
+        values[:, chosen] = self._amplify(values[:, chosen], image[chosen], parameters)
+        return values
+
+    def _amplify(self, values: Tensor, image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        channels = torch.arange(len(values), device=values.device)
+        for draw_number in range(min(2, len(values))):
+            chosen = parameters["channels"][:, draw_number] == channels[:, None]
+            gains = torch.where(chosen, parameters["gains"][:, draw_number], 1)
+            values = values * gains[:, image]
+            if self.wrap:
+                values = (255 * values).remainder(256) / 255
+            values = values.clamp(max=1)
+        return values
+
+    def _jitter_alike(
+        self,
+        images: Tensor,
+        anomalous: Tensor,
+        masks: Tensor,
+        parameters: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Jitter the normal images; of the anomalous ones jitter what is under the masks, and copy the rest."""
+        factors = parameters["jitter"].to(images.device).T[..., None, None, None]
+        order = parameters["order"].tolist()
+        means = []
+
+        def mean_of_image(gray: Tensor) -> Tensor:
+            means.append(gray.mean(dim=(-2, -1), keepdim=True))
+            return means[0]
+
+        normal = _jitter(images, factors, order, mean_of_image)
+        pixels = masks.squeeze(1).nonzero()
+        image, target = pixels[:, 0], pixels[:, 1:]
+        values = _pixels(anomalous, image, target)[:, None]
+        values = _jitter(
+            values, factors[:, image].flatten(1)[:, None, None], order, lambda _: means[0][image].flatten()
+        )
+        anomalous = normal.clone()
+        _set_pixels(anomalous, image, target, values[:, 0])
+        return normal, anomalous
+
+
+def _jitter(
+    values: Tensor,
+    factors: Tensor,
+    order: list[int],
+    mean_gray: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Change brightness, contrast, saturation and hue in the given order.
+
+    Args:
+        values: Images ``(..., C, H, W)``.
+        factors: Factors ``(4, ...)``, each of which broadcasts against ``values``.
+        order: The changes to make.
+        mean_gray: Makes the grey level that contrast is changed about from the grey images.
+    """
+    colored = values.shape[-3] == 3
+    for change in order:
+        factor = factors[change].to(values.dtype)
+        if change == BRIGHTNESS:
+            values = (values * factor).clamp(0, 1)
+        elif change == CONTRAST:
+            mean = mean_gray(rgb_to_grayscale(values) if colored else values)
+            values = (mean + factor * (values - mean)).clamp(0, 1)
+        elif colored and change == SATURATION:
+            values = adjust_saturation_with_gray_subtraction(values, factor)
+        elif colored and change == HUE:
+            values = adjust_hue(values, 2 * math.pi * factor)
+    return values
+
+
+def _jitter_list(values: Tensor, image: Tensor, factors: Tensor, order: list[int]) -> Tensor:
+    """Jitter pixels ``(C, N)`` of the images ``(N,)``; contrast is changed about each image's mean over the list."""
+    count = image.bincount(minlength=factors.shape[1]).clamp(min=1)
+
+    def mean_gray(gray: Tensor) -> Tensor:
+        total = gray.new_zeros(factors.shape[1]).index_add_(0, image, gray.flatten())
+        return (total / count)[image]
+
+    return _jitter(values[:, None], factors[:, None, None, None, image][:, 0], order, mean_gray)[:, 0]
+
+
+def _sample_jitter(strength: Tensor) -> Tensor:
+    """Sample factors of brightness, contrast, saturation about 1 and a share of a turn of the hue about 0."""
+    spread = strength * (2 * torch.rand_like(strength) - 1)
+    return spread + torch.tensor([1.0, 1.0, 1.0, 0.0])
+
+
+def _rotated_patch(shape: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """List the pixels of the shape that the flipped and rotated patch leaves opaque.
+
+    Returns:
+        For each pixel its image ``(N,)``, its place ``(N, 2)`` in the patch and the place ``(N, 2)`` in the original
+        patch that it is copied from.
+    """
+    pixels = shape.nonzero()
+    image, pasted = pixels[:, 0], pixels[:, 1:]
+    side = parameters["side"]
+    center = side[image] / 2
+    y, x = (pasted + 0.5 - center[:, None]).unbind(1)
+    angle = parameters["angle"].deg2rad()
+    cos, sin = angle.cos(), angle.sin()
+    mirror = 1.0 - 2.0 * parameters["flip"]
+    # Back from the pasted pixel to the original one: against the rotation, then the flips.
+    original_y = (mirror[:, 0] * sin)[image] * x + (mirror[:, 0] * cos)[image] * y
+    original_x = (mirror[:, 1] * cos)[image] * x - (mirror[:, 1] * sin)[image] * y
+    opaque = (original_y.abs() < center) & (original_x.abs() < center)
+    copied = torch.stack([original_y + center, original_x + center], dim=1)[opaque].long()
+    image, pasted = image[opaque], pasted[opaque]
+
+    # Where nothing is opaque, the patch's centre is: a mask is never empty.
+    present = image.bincount(minlength=len(side)) > 0
+    lost = (parameters["active"] & ~present).nonzero().squeeze(1)
+    middle = (side[lost] // 2)[:, None].expand(-1, 2)
+    return torch.cat([image, lost]), torch.cat([pasted, middle]), torch.cat([copied, middle])
+
+
+def _sample_centers(masks: Tensor, side: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw pixels of the masks ``(B, H, W)`` around which squares of the given sides lie inside the image.
+
+    Args:
+        masks: Boolean masks ``(B, H, W)``.
+        side: Sides ``(B,)`` of the squares.
+        shares: Uniform random numbers ``(2, B)``.
+
+    Returns:
+        Two pixels ``(2, B, 2)`` for each mask, and whether there are any ``(B,)``.
+    """
+    height, width = masks.shape[-2:]
+    before = side.to(masks.device)[:, None] // 2
+    after = side.to(masks.device)[:, None] - before
+    rows = torch.arange(height, device=masks.device)
+    columns = torch.arange(width, device=masks.device)
+    rows_fit = (rows >= before) & (rows <= height - after)
+    columns_fit = (columns >= before) & (columns <= width - after)
+    cumulative = (masks & rows_fit[:, :, None] & columns_fit[:, None]).flatten(1).cumsum(1)
+    count = cumulative[:, -1:]
+    wanted = (shares.T.to(masks.device) * count).long().clamp(max=count - 1) + 1
+    pixel = torch.searchsorted(cumulative, wanted).clamp(max=height * width - 1).T.cpu()
+    return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1).cpu()
+
+
+def _pixels(images: Tensor, image: Tensor, position: Tensor) -> Tensor:
+    """Read pixels ``(C, N)``, in single precision at least."""
+    values = images[image, :, position[:, 0], position[:, 1]].T
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _set_pixels(images: Tensor, image: Tensor, position: Tensor, values: Tensor) -> None:
+    """Write pixels ``(C, N)``."""
+    images[image, :, position[:, 0], position[:, 1]] = values.T.to(images.dtype)
+
+
+def _uniform(interval: tuple[float, float], *shape: int) -> Tensor:
+    low, high = interval
+    return low + (high - low) * torch.rand(shape)
+
+
+def _checked_batch(image: Tensor) -> Tensor:
+    """Check an image or a batch and return it as a batch."""
+    if isinstance(image, tv_tensors.Mask):
+        msg = "A mask was passed: anomalies are made in images."
+        raise TypeError(msg)
+    if not image.is_floating_point():
+        msg = f"Images of dtype {image.dtype}: convert them to floating point with values in [0, 1]."
+        raise TypeError(msg)
+    if image.ndim not in {3, 4} or image.shape[-3] not in {1, 3} or image.numel() == 0:
+        msg = f"Images of shape {tuple(image.shape)}: (C, H, W) or (B, C, H, W) with 1 or 3 channels is needed."
+        raise ValueError(msg)
+    if min(image.shape[-2:]) < MIN_IMAGE_SIZE:
+        height, width = image.shape[-2:]
+        msg = f"Images of {height} x {width} pixels: each side needs at least {MIN_IMAGE_SIZE}."
+        raise ValueError(msg)
+    low, high = torch.stack(image.aminmax()).tolist()
+    if not (low >= 0 and high <= 1):
+        msg = (
+            f"Image values from {low:.3g} to {high:.3g}: anomalies are made before normalisation, with values in "
+            "[0, 1]. Leave Normalize out of the pre-processor; the model normalises by itself."
+        )
+        raise ValueError(msg)
+    return image.as_subclass(Tensor).reshape(-1, *image.shape[-3:])
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        msg = f"{name}={value}: must lie in [{low:g}, {high:g}]."
+        raise ValueError(msg)
+
+
+def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
+    if len(interval) != 2 or not low <= interval[0] <= interval[1] <= high:
+        msg = f"{name}={interval}: two ascending values in [{low:g}, {high:g}] are needed."
+        raise ValueError(msg)
