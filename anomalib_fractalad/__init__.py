@@ -8,11 +8,11 @@ from anomalib_fractalad.plugin import DATA_MODULES, MODELS, register_on_import
 
 if TYPE_CHECKING:
     from anomalib_fractalad.data import SurfaceDefects
-    from anomalib_fractalad.models import FractalAD
+    from anomalib_fractalad.models import AAND, ADPS, FractalAD
     from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 __version__ = "0.1.0"
-__all__ = ["FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
+__all__ = ["AAND", "ADPS", "FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
 
 _LAZY = {**MODELS, **DATA_MODULES, "FractalAnomalyGenerator": "anomalib_fractalad.transforms"}
 

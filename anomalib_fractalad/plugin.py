@@ -16,7 +16,11 @@ from importlib.util import find_spec
 from types import ModuleType
 
 DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
-MODELS = {"FractalAD": "anomalib_fractalad.models.fractalad"}
+MODELS = {
+    "AAND": "anomalib_fractalad.models.aand",
+    "ADPS": "anomalib_fractalad.models.adps",
+    "FractalAD": "anomalib_fractalad.models.fractalad",
+}
 
 
 def register_on_import() -> None:
@@ -106,6 +110,6 @@ def _allow_own_class_paths() -> None:
 # always imported after torch and that holds all that the package's own modules need.
 _HOOKS: dict[str, Callable[[], None]] = {
     "anomalib.data.datamodules": _publish_data_modules,
-    "anomalib.models.components": _publish_models,
+    "anomalib.models.image": _publish_models,
     "anomalib.pipelines": _allow_own_class_paths,
 }

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of AAND: a frozen teacher with amplified anomalies, and a student that knows normal features."""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import GaussianBlur2d
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_fractalad.models.components import FrozenTeacher, ImageScore, Reduction, cosine_distance
+
+from .amplification import ResidualAnomalyAmplification
+from .student import reverse_student
+
+STRIDES = (4, 8, 16)
+SIGMA = 4
+
+
+class AANDModel(nn.Module):
+    """Distance between the features of an advanced teacher and a student.
+
+    AAND (arXiv 2405.02068). The training steps are in :class:`AAND`.
+
+    Args:
+        backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
+        pre_trained: Load ImageNet weights into the teacher.
+        amplification: Amplify anomalies; otherwise this is plain reverse distillation.
+        score: Image score from the anomaly map: ``max`` (published), ``mean`` or ``top`` (mean of the highest pixels).
+        top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
+
+    Raises:
+        ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
+        RuntimeError: If the pre-trained weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        pre_trained: bool = True,
+        amplification: bool = True,
+        score: Reduction = "max",
+        top_share: float = 0.005,
+    ) -> None:
+        super().__init__()
+        self.score = ImageScore(score, top_share)
+        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained)
+        channels = self.teacher.channels
+        self.amplifiers = nn.ModuleList(map(ResidualAnomalyAmplification, channels if amplification else []))
+        self.student = reverse_student(backbone, channels)
+        self.smooth = GaussianSmoothing(SIGMA)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Predict anomaly maps and image scores.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 6].
+        """
+        teacher = self.advanced_teacher(images)
+        anomaly_map = self.smooth(distance_map(teacher, self.student(teacher), images.shape[-2:]))
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def advanced_teacher(self, images: Tensor) -> list[Tensor]:
+        """Extract features and amplify them where they look anomalous.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            (B, C_i, H / stride_i, W / stride_i), rounded up, for each stage.
+        """
+        features: list[Tensor] = self.teacher(images)
+        if not self.amplifiers:
+            return features
+        return [amplify(stage) for amplify, stage in zip(self.amplifiers, features, strict=True)]
+
+
+def distance_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Sum over stages of 1 - cos(teacher, student), each brought to the image's size.
+
+    Args:
+        teacher: (B, C_i, H_i, W_i) for each stage.
+        student: The same shapes.
+        size: Height and width of the image.
+
+    Returns:
+        (B, 1, *size), values in [0, 2 x stages].
+    """
+    distances = [
+        F.interpolate(cosine_distance(t, s), size=tuple(size), mode="bilinear", align_corners=True)
+        for t, s in zip(teacher, student, strict=True)
+    ]
+    return torch.stack(distances).sum(dim=0)
+
+
+class GaussianSmoothing(nn.Module):
+    """Gaussian filter; beyond its edges the map is mirrored, edge pixels included.
+
+    Args:
+        sigma: Standard deviation in pixels.
+    """
+
+    def __init__(self, sigma: int) -> None:
+        super().__init__()
+        self.radius = 4 * sigma
+        self.blur = GaussianBlur2d(sigma=float(sigma), padding="valid")
+
+    def forward(self, anomaly_map: Tensor) -> Tensor:
+        """Smooth maps.
+
+        Args:
+            anomaly_map: (B, 1, H, W), H and W at least 4 sigma.
+
+        Returns:
+            (B, 1, H, W).
+        """
+        smoothed: Tensor = self.blur(_mirror(_mirror(anomaly_map, self.radius, dim=2), self.radius, dim=3))
+        return smoothed
+
+
+def _mirror(image: Tensor, width: int, dim: int) -> Tensor:
+    before = image.narrow(dim, 0, width).flip(dim)
+    after = image.flip(dim).narrow(dim, 0, width)
+    return torch.cat([before, image, after], dim=dim)
