@@ -14,6 +14,8 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Normalize, Resize
 
+from anomalib_fractalad.transforms.resize import keep_antialiasing
+
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
 if TYPE_CHECKING:
     _Base = AnomalibModule
@@ -31,6 +33,14 @@ class DistillationModule(_Base):
 
     epochs: int | None
     _random_state: dict[str, Any] | None = None
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self._keep_antialiasing_in_export()
+
+    def _keep_antialiasing_in_export(self) -> None:
+        if isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.export_transform = keep_antialiasing(self.pre_processor.transform)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -96,6 +106,7 @@ class DistillationModule(_Base):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the random number generators' state for a resumed training."""
         super().on_load_checkpoint(checkpoint)
+        self._keep_antialiasing_in_export()
         state = checkpoint.get("random_state")
         self._random_state = state and {
             "cpu": state["cpu"].cpu(),

@@ -38,7 +38,7 @@ class DiceLoss(nn.Module):
         Returns:
             A scalar in [0, 1).
         """
-        probability = at_least_float32(logits).sigmoid()
+        probability, mask = at_least_float32(logits).sigmoid(), at_least_float32(mask)
         return 1 - (2 * (probability * mask).sum() + 1) / (probability.sum() + mask.sum() + 1)
 
 
@@ -59,5 +59,5 @@ class SegmentationLoss(nn.Module):
         Returns:
             The parts ``bce`` and ``dice``; the loss is their sum.
         """
-        bce = F.binary_cross_entropy_with_logits(at_least_float32(logits), mask.to(at_least_float32(logits).dtype))
+        bce = F.binary_cross_entropy_with_logits(at_least_float32(logits), at_least_float32(mask))
         return {"bce": bce, "dice": self.dice(logits, mask)}

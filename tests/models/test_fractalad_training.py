@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from conftest import make_tiles
+from lightning import seed_everything
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_fractalad import FractalAD
+
+
+def small_model(**arguments: Any) -> FractalAD:
+    defaults = {
+        "backbone": "test_resnet",
+        "pre_trained": False,
+        "pre_processor": PreProcessor(Resize((64, 64))),
+        "visualizer": False,
+    }
+    return FractalAD(**{**defaults, **arguments})
+
+
+def small_engine(root: Path, **arguments: Any) -> Engine:
+    defaults = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=root, **{**defaults, **arguments})
+
+
+def train(root: Path, datamodule: Folder, *, max_epochs: int = 2, seed: int = 1, **arguments: Any) -> FractalAD:
+    seed_everything(seed)
+    model = small_model(**arguments)
+    small_engine(root, max_epochs=max_epochs).fit(model, datamodule=datamodule)
+    return model
+
+
+def assert_same_weights(one: FractalAD, other: FractalAD) -> None:
+    for (name, ours), theirs in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_losses_are_logged_under_their_names(tmp_path: Path, tiles: Folder) -> None:
+    model = small_model()
+    engine = small_engine(tmp_path, max_epochs=1)
+    engine.fit(model, datamodule=tiles)
+    parts = ("train_bce", "train_dice", "train_distillation")
+    metrics = engine.trainer.callback_metrics
+    assert {"train_loss", *parts} <= metrics.keys()
+    assert {"train_loss", *parts} <= engine.trainer.progress_bar_metrics.keys()
+    torch.testing.assert_close(metrics["train_loss"], sum(metrics[part] for part in parts))
+
+
+def test_without_distillation_there_is_no_student(tmp_path: Path, tiles: Folder) -> None:
+    engine = small_engine(tmp_path, max_epochs=1)
+    model = small_model(distillation=False)
+    engine.fit(model, datamodule=tiles)
+    assert model.model.student is None
+    assert "train_distillation" not in engine.trainer.callback_metrics
+
+
+def test_default_metrics(tmp_path: Path, tiles: Folder) -> None:
+    engine = small_engine(tmp_path, max_epochs=1)
+    (metrics,) = engine.train(small_model(), datamodule=tiles)
+    assert set(metrics) == {
+        "image_AUROC",
+        "image_F1Score",
+        "pixel_AUROC",
+        "pixel_F1Score",
+        "pixel_AUPR",
+        "pixel_AUPRO",
+    }
+
+
+def test_data_without_masks_are_evaluated_by_image(tmp_path: Path, tile_root: Path) -> None:
+    tiles = make_tiles(tile_root)
+    tiles.mask_dir = None
+    (metrics,) = small_engine(tmp_path, max_epochs=1).train(small_model(), datamodule=tiles)
+    assert set(metrics) == {"image_AUROC", "image_F1Score"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decay"),
+    [({}, 1e-3), ({"distillation": False}, 1e-2), ({"weight_decay": 0.5}, 0.5), ({"weight_decay": 0.0}, 0.0)],
+)
+def test_optimiser_settings(arguments: dict[str, Any], decay: float) -> None:
+    model = small_model(learning_rate=0.02, **arguments)
+    (group,) = model.configure_optimizers().param_groups
+    assert group["lr"] == 0.02
+    assert group["weight_decay"] == decay
+    frozen = set(map(id, model.model.teacher.parameters()))
+    assert not frozen & set(map(id, group["params"]))
+    assert len(group["params"]) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_model(**arguments)
+
+
+def test_object_mode_reaches_the_generator() -> None:
+    assert small_model(object_mode=True).generator.object_mode
+    assert not small_model().generator.object_mode
+
+
+def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
+    transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
+    with pytest.raises(ValueError, match="pre-processor of FractalAD must not contain Normalize"):
+        small_engine(tmp_path, max_epochs=1).fit(small_model(pre_processor=PreProcessor(transform)), datamodule=tiles)
+
+
+def test_epochs_set_the_training_length(tmp_path: Path, tiles: Folder) -> None:
+    engine = small_engine(tmp_path)
+    engine.fit(small_model(epochs=3), datamodule=tiles)
+    assert engine.trainer.current_epoch == 3
+
+
+def test_left_out_the_trainer_sets_the_training_length(tmp_path: Path, tiles: Folder) -> None:
+    engine = small_engine(tmp_path, max_epochs=2)
+    engine.fit(small_model(), datamodule=tiles)
+    assert engine.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path, tile_root: Path, workers: int) -> None:
+    alone = train(tmp_path / "alone", make_tiles(tile_root), max_epochs=1)
+    helped = train(tmp_path / "helped", make_tiles(tile_root, num_workers=workers), max_epochs=1)
+    assert_same_weights(alone, helped)
+
+
+def test_another_seed_gives_another_result(tmp_path: Path, tile_root: Path) -> None:
+    one = train(tmp_path / "one", make_tiles(tile_root), max_epochs=1, seed=1)
+    other = train(tmp_path / "other", make_tiles(tile_root), max_epochs=1, seed=2)
+    assert not torch.equal(one.model.head.classify.weight, other.model.head.classify.weight)
+
+
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, tile_root: Path) -> None:
+    unbroken = train(tmp_path / "unbroken", make_tiles(tile_root), max_epochs=3)
+    train(tmp_path / "broken", make_tiles(tile_root), max_epochs=1)
+    (checkpoint,) = (tmp_path / "broken").rglob("*.ckpt")
+    torch.manual_seed(99)
+    resumed = small_model()
+    engine = small_engine(tmp_path / "resumed", max_epochs=3)
+    engine.fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+    assert_same_weights(unbroken, resumed)
+
+
+def test_a_checkpoint_is_plain_data_and_loads_without_pre_trained_weights(
+    tmp_path: Path,
+    tiles: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = train(tmp_path, tiles, max_epochs=1, score="top", top_share=0.1)
+    model.hparams.pre_trained = True
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = FractalAD.load_from_checkpoint(checkpoint, visualizer=False)
+    assert_same_weights(model, loaded)
+    assert loaded.model.score.reduction == "top"
+    assert loaded.model.score.top_share == 0.1
+    image = torch.rand(1, 3, 50, 80)
+    torch.testing.assert_close(loaded.eval()(image).anomaly_map, model.eval()(image).anomaly_map)
+
+
+def test_weights_that_cannot_be_had_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=r"weights of backbone 'mobilenetv1_100'.*HF_HUB_CACHE.*pre_trained=False"):
+        FractalAD(backbone="mobilenetv1_100")
+
+
+def test_overriding_the_trainers_length_is_said(
+    tmp_path: Path,
+    tiles: Folder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        small_engine(tmp_path, max_epochs=2).fit(small_model(epochs=1), datamodule=tiles)
+    assert "Overriding max_epochs from 2 with 1 for FractalAD" in caplog.text

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration with anomalib, each case in a process of its own, since it depends on the order of imports."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+CHECK = """
+import anomalib.data, anomalib.models
+from anomalib.data import SurfaceDefects
+from anomalib.models import FractalAD, get_model, list_models
+import anomalib_fractalad
+assert anomalib_fractalad.FractalAD is FractalAD, "two classes"
+assert anomalib_fractalad.SurfaceDefects is SurfaceDefects
+assert "fractal_a_d" in list_models(), sorted(list_models())
+assert "distillation_module" not in list_models()
+arguments = {"backbone": "resnet18", "pre_trained": False}
+for name in ("FractalAD", "fractalad"):
+    assert type(get_model(name, **arguments)) is FractalAD
+for path in ("FractalAD", "anomalib.models.FractalAD"):
+    assert type(get_model({"class_path": path, "init_args": arguments})) is FractalAD
+print("registered")
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "anomalib.models",
+        "anomalib.data",
+        "anomalib.engine",
+        "torch",
+        "lightning",
+        "anomalib_fractalad",
+        "anomalib_fractalad.models.fractalad.lightning_model",
+        "anomalib_fractalad.data.surface_defects",
+    ],
+)
+def test_every_import_order(first: str) -> None:
+    result = run(f"import {first}\n{CHECK}")
+    assert result.stdout.endswith("registered\n"), result.stderr
+
+
+def test_without_torch_autoload_importing_the_package_is_enough() -> None:
+    result = run(f"import anomalib.models\nimport anomalib_fractalad\n{CHECK}", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.stdout.endswith("registered\n"), result.stderr
+
+
+def test_import_of_torch_stays_cheap() -> None:
+    result = run("""
+        import sys
+        import torch
+        heavy = {"anomalib", "lightning", "timm", "kornia", "wrapt", "anomalib_fractalad.models"} & sys.modules.keys()
+        assert not heavy, heavy
+        assert "anomalib_fractalad.plugin" in sys.modules
+        print("cheap")
+    """)
+    assert result.stdout == "cheap\n", result.stderr
+
+
+@pytest.mark.parametrize("first", ["anomalib.models", "torch"])
+def test_models_that_cannot_be_imported_leave_anomalib_and_torch_working(first: str) -> None:
+    result = run(f"""
+        import sys, warnings
+        sys.modules["anomalib_fractalad.models.fractalad"] = None  # its import fails
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import {first}
+            import anomalib.models
+        ours = [str(w.message) for w in caught if "anomalib-fractalad" in str(w.message)]
+        assert len(ours) == 1, ours
+        assert "anomalib>=2.7,<3" in ours[0]
+        assert "padim" in anomalib.models.list_models()
+        import torch
+        print(torch.ones(2).sum().item())
+    """)
+    assert result.stdout == "2.0\n", result.stderr
+
+
+def test_a_broken_wrapt_leaves_anomalib_working() -> None:
+    result = run("""
+        import sys, warnings
+        sys.modules["wrapt"] = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import anomalib.models
+        assert sum("anomalib-fractalad" in str(w.message) for w in caught) == 1
+        print("padim" in anomalib.models.list_models())
+    """)
+    assert result.stdout == "True\n", result.stderr
