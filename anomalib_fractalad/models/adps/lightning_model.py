@@ -4,6 +4,7 @@
 Xing, Tang, Tang, Li, IEEE TNNLS 36(4), 2025, arXiv 2210.10495.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class ADPS(DistillationModule, AnomalibModule):
     """
 
     model: ADPSModel
+    _training_steps: float = math.inf
 
     def __init__(
         self,
@@ -140,9 +142,16 @@ class ADPS(DistillationModule, AnomalibModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam over student and decoder; its rate falls at 80 % and 90 % of the training's length, in steps."""
+        """Adam over student and decoder; its rate falls at 80 % and 90 % of the training's steps."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = Adam(trainable, lr=self.learning_rate)
-        decay_at = [share * self.trainer.estimated_stepping_batches for share in DECAY_AT]
-        schedule = LambdaLR(optimizer, lambda step: DECAY ** sum(step >= limit for limit in decay_at))
+        schedule = LambdaLR(optimizer, self._decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decay(self, step: int) -> float:
+        return DECAY ** sum(step >= share * self._training_steps for share in DECAY_AT)
+
+    def on_train_start(self) -> None:
+        """Learn how long training takes. To ask before would shuffle the data before a checkpoint is restored."""
+        super().on_train_start()
+        self._training_steps = self.trainer.estimated_stepping_batches

@@ -170,9 +170,9 @@ class PatchStudent(Backbone):
             larger = "x".join(str(-(-side // multiple) * multiple) for side in size)
             msg = (
                 f"an image of {size[0]}x{size[1]} (height x width) cannot be divided into {self.patches} x "
-                f"{self.patches} patches (patches={self.patches}): with features of stride {self.strides[-1]}, its sides must be "
-                f"multiples of {multiple}. Resize to {' or '.join(dict.fromkeys((smaller, larger)))} in the "
-                "pre-processor, or choose fewer patches."
+                f"{self.patches} patches (patches={self.patches}): its sides must be multiples of {multiple}, patches "
+                f"times the stride of the coarsest features. Resize to "
+                f"{' or '.join(dict.fromkeys((smaller, larger)))} in the pre-processor, or choose fewer patches."
             )
             raise ValueError(msg)
 

@@ -137,6 +137,7 @@ def _known_generator(class_path: str) -> type[Transform] | None:
 
 def _build(choice: Mapping[str, Any], anomaly_source_path: str | Path | None = None) -> Transform:
     name = str(choice.get("class_path"))
+    arguments = _add_source(choice, anomaly_source_path)
     generator_class = _known_generator(name)
     if generator_class is None or choice.keys() - {"class_path", "init_args", "recorded"}:
         msg = (
@@ -147,7 +148,7 @@ def _build(choice: Mapping[str, Any], anomaly_source_path: str | Path | None = N
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(generator_class, "generator")
     try:
-        config = parser.parse_object({"generator": _add_source(choice, anomaly_source_path)})
+        config = parser.parse_object({"generator": arguments})
         # Perlin's generator draws a threshold when it is built. It must be the same in every process.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
