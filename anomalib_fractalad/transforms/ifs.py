@@ -95,15 +95,14 @@ def _cut(systems: Tensor, probabilities: Tensor, count: int) -> Tensor:
     words, measures = systems, probabilities
     while (present := words.shape[1]) < count:
         split = min(math.ceil(present / 8), math.ceil((count - present) / (maps - 1)))
-        order = measures.argsort(1, descending=True)
-        words = words.gather(1, order[..., None, None].expand_as(words))
-        measures = measures.gather(1, order)
-        parents = words[:, :split, None]
-        children = parents[..., :2] @ systems[:, None]
+        largest = measures.topk(split, dim=1).indices
+        places = largest[..., None, None].expand(-1, -1, 2, 3)
+        parents = words.gather(1, places).unsqueeze(2)
+        children = parents[..., :2] @ systems.unsqueeze(1)
         children[..., 2] += parents[..., 2]
-        words = torch.cat([children.flatten(1, 2), words[:, split:]], dim=1)
-        children_measures = measures[:, :split, None] * probabilities[:, None]
-        measures = torch.cat([children_measures.flatten(1), measures[:, split:]], dim=1)
+        words = torch.cat([words.scatter(1, places, children[:, :, 0]), children[:, :, 1:].flatten(1, 2)], dim=1)
+        shares = measures.gather(1, largest).unsqueeze(2) * probabilities.unsqueeze(1)
+        measures = torch.cat([measures.scatter(1, largest, shares[..., 0]), shares[..., 1:].flatten(1)], dim=1)
     return words
 
 
@@ -126,16 +125,18 @@ def draw(systems: Tensor, sizes: Tensor, stamps: Tensor | None = None, points: i
     coordinates = attractor_points(systems, points)
     low, high = coordinates.amin(-1, keepdim=True), coordinates.amax(-1, keepdim=True)
     scale = (sizes[:, None, None] - 1) / (high - low).clamp_(min=torch.finfo(coordinates.dtype).tiny)
-    rows, columns = coordinates.sub_(low).mul_(scale).unbind(1)
-    cells = rows.floor_().mul_(side).add_(columns).long()
     # uint8 because torch's bool operations are not vectorised.
     images = torch.zeros(len(systems), side**2, dtype=torch.uint8, device=systems.device)
-    images = images.scatter_(1, cells, 1).reshape(-1, side, side)
+    # A part at a time stays in the processor's cache.
+    for part in torch.split(coordinates, 4096, dim=-1):
+        rows, columns = ((part - low) * scale).unbind(1)
+        images.scatter_(1, rows.floor_().mul_(side).add_(columns).long(), 1)
+    images = images.reshape(-1, side, side)
     if stamps is not None:
         images = _stamp(images, stamps.to(systems.device))
         inside = (torch.arange(side, device=systems.device) < sizes[:, None]).to(images.dtype)
-        images = images * inside[:, :, None] * inside[:, None, :]
-    return images.bool()
+        images.mul_(inside[:, :, None]).mul_(inside[:, None, :])
+    return images.view(torch.bool)
 
 
 def _stamp(images: Tensor, stamps: Tensor) -> Tensor:
