@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the package's Lightning modules have in common."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.export import Dim
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_fractalad.transforms.resize import keep_antialiasing
@@ -92,6 +94,8 @@ class DistillationModule(_Base):
                 "and the network normalises by itself. Leave Normalize out of the pre-processor's transform."
             )
             raise ValueError(msg)
+        # Lightning takes the teacher's evaluation mode for an oversight.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         if self.trainer.ckpt_path is not None and self._random_state is not None:
             torch.set_rng_state(self._random_state["cpu"])
             for device, state in enumerate(self._random_state["cuda"][: torch.cuda.device_count()]):
@@ -143,13 +147,18 @@ class DistillationModule(_Base):
         Args:
             export_root: Folder to export into.
             model_file_name: Name of the file, without its ending.
-            input_size: Height and width; left out, any size is taken.
+            input_size: Height and width; left out, any size is taken (at least 64x96 without a pre-processor that
+                resizes).
             **kwargs: Passed on to :func:`torch.onnx.export`.
 
         Returns:
             The ONNX file.
         """
         kwargs.setdefault("opset_version", EXPORT_OPSET)
+        if input_size is None and self.input_size is None:
+            # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
+            batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
+            kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
 

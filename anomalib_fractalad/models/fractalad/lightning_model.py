@@ -107,7 +107,8 @@ class FractalAD(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        normal, anomalous, mask = self.generator.augment(batch.image)
+        with torch.autocast(batch.image.device.type, enabled=False):
+            normal, anomalous, mask = self.generator.augment(batch.image)
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))

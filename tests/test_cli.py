@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock ``anomalib`` program with this package's models, data and config files."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+from anomalib.cli import AnomalibCLI
+from anomalib.models import get_model
+from docstring_parser import parse
+
+import anomalib_fractalad
+from anomalib_fractalad.plugin import MODELS
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model.backbone", "test_resnet", "--model.pre_trained", "false"]
+
+
+def data_arguments(root: Path) -> list[str]:
+    return [
+        *("--data", "Folder", "--data.name", "tiles", "--data.root", str(root)),
+        *("--data.normal_dir", "train/good", "--data.normal_test_dir", "test/good"),
+        *("--data.abnormal_dir", "test/blot", "--data.mask_dir", "ground_truth/blot"),
+        *("--data.num_workers", "0", "--data.train_batch_size", "4", "--data.val_split_mode", "same_as_test"),
+    ]
+
+
+def cli(*arguments: object, run: bool = True) -> AnomalibCLI:
+    return AnomalibCLI([str(argument) for argument in arguments], run=run)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("command", ["train", "fit", "validate", "test"])
+def test_commands_take_the_model_by_name(command: str, model: str, tmp_path: Path, tile_root: Path) -> None:
+    program = cli(
+        *(command, "--model", model, *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path),
+        run=False,
+    )
+    assert type(program.model) is getattr(anomalib_fractalad, model)
+
+
+@pytest.mark.parametrize("path", ["FractalAD", "anomalib.models.FractalAD", "anomalib_fractalad.FractalAD"])
+def test_config_files_take_every_class_path(path: str, tmp_path: Path) -> None:
+    config = {"model": {"class_path": path, "init_args": {"backbone": "test_resnet", "pre_trained": False}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    program = cli("fit", "--config", tmp_path / "config.yaml", "--default_root_dir", tmp_path, run=False)
+    assert type(program.model) is anomalib_fractalad.FractalAD
+
+
+def test_from_training_to_export(tmp_path: Path, tile_root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Train, validate, test, predict and export one after the other, as a user would."""
+    results = ("--default_root_dir", tmp_path)
+    data = data_arguments(tile_root)
+    model = ("--model", "FractalAD", *SMALL)
+    cli("train", *model, *data, *results, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
+    (checkpoint,) = tmp_path.rglob("v0/weights/lightning/model.ckpt")
+    from_checkpoint = ("--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
+    for command in ("validate", "test"):
+        cli(command, *model, *data, *results, *from_checkpoint)
+    cli("predict", *model, *results, *from_checkpoint, "--data", tile_root / "test" / "blot")
+    assert len(list(tmp_path.rglob("images/**/*.png"))) >= 8 + 4
+    cli("export", *model, "--export_type", "openvino", "--export_root", tmp_path / "exported", *from_checkpoint)
+    assert list((tmp_path / "exported").rglob("model.xml"))
+    printed = "".join(capfd.readouterr())
+    assert "image_AUROC" in printed
+    assert "Traceback" not in printed
+
+
+def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = {
+        "name": "tiles",
+        "root": str(tile_root),
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/blot",
+        "mask_dir": "ground_truth/blot",
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+    arguments = {"backbone": "test_resnet", "pre_trained": False, "epochs": 1}
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 0,
+            "model": {
+                "class_path": {"grid": ["FractalAD", "anomalib_fractalad.FractalAD"]},
+                "init_args": arguments,
+            },
+            "data": {"class_path": "Folder", "init_args": folder},
+        },
+    }
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    cli("benchmark", "--config", "benchmark.yaml")
+    (results,) = tmp_path.glob("runs/benchmark/*/results.csv")
+    header, *rows = results.read_text().splitlines()
+    assert "image_AUROC" in header
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_are_valid(config: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    program = cli(
+        *("train", "--config", config, *SMALL, "--default_root_dir", tmp_path),
+        *("--data.init_args.root", tmp_path / "data"),
+        run=False,
+    )
+    assert type(program.model) is getattr(anomalib_fractalad, content["model"]["class_path"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_option_has_a_help_text(model: str) -> None:
+    options = inspect.signature(getattr(anomalib_fractalad, model)).parameters
+    documented = {entry.arg_name: entry.description for entry in parse(getattr(anomalib_fractalad, model).__doc__).params}
+    assert list(options) == list(documented)
+    assert all(documented.values())
+
+
+def test_the_help_of_a_model_shows_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli("train", "--model.help", "FractalAD")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "top_share" in printed
+    assert "Share of the pixels, above 0 and at most 1, that the score top takes." in printed
+
+
+def test_models_are_made_by_name() -> None:
+    model = get_model("fractalad", backbone="test_resnet", pre_trained=False, top_share=0.1)
+    assert type(model) is anomalib_fractalad.FractalAD

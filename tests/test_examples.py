@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples, run as a user would, on small data."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from anomalib_fractalad import SurfaceDefects
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CATEGORY = "metal_plate"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SurfaceDefects with a few of its test images."""
+    root = tmp_path_factory.mktemp("data") / "SurfaceDefects"
+    SurfaceDefects(root=root, category=CATEGORY).prepare_data()
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
+    results = tmp_path_factory.mktemp("results")
+    exported = load("train_predict_export").train_predict_export(
+        category=CATEGORY,
+        backbone="test_resnet",
+        epochs=1,
+        data_root=data_root,
+        results=results,
+    )
+    assert exported == results / "weights" / "openvino" / "model.xml"
+    return results
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "generate_anomalies",
+        "heat_map_sheet",
+        "openvino_folder",
+        "train_predict_export",
+    }
+
+
+def test_generate_anomalies(tile_root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "anomalies.png"
+    load("generate_anomalies").generate(images=tile_root / "train/good", output=output, count=4, size=64)
+    sheet = Image.open(output)
+    assert sheet.size == (4 * (64 + 2) + 2, 3 * (64 + 2) + 2)
+    assert len(sheet.convert("L").getcolors(maxcolors=256) or []) > 10
+
+
+def test_train_predict_export(results: Path) -> None:
+    assert (results / "weights" / "openvino" / "model.bin").stat().st_size > 0
+    assert list(results.rglob("model.ckpt"))
+
+
+def test_openvino_folder(
+    results: Path,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = data_root / CATEGORY / "test" / "scratch"
+    load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=images)
+    count = len(list(images.glob("*.png")))
+    assert len(capsys.readouterr().out.strip().splitlines()) == count
+    heat_maps = sorted((tmp_path / "heat_maps").glob("*.png"))
+    assert len(heat_maps) == count
+    assert Image.open(heat_maps[0]).size == (256, 256)
+
+
+def test_heat_map_sheet(results: Path, data_root: Path, tmp_path: Path) -> None:
+    category = data_root / CATEGORY
+    images = sorted((category / "test" / "dent").glob("*.png"))[:2]
+    masks = sorted((category / "ground_truth" / "dent").glob("*.png"))[:2]
+    checkpoint = next(iter(sorted(results.rglob("model.ckpt"))))
+    output = tmp_path / "sheet.png"
+    load("heat_map_sheet").draw_sheet(checkpoint=checkpoint, images=images, masks=masks, output=output, size=128)
+    assert Image.open(output).size == (2 * 128, 3 * 128)
