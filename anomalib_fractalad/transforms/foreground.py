@@ -5,9 +5,8 @@ import math
 
 import torch
 from kornia.contrib import connected_components_union_find
-from kornia.filters import box_blur
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate, pad
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 
@@ -37,12 +36,16 @@ def object_mask(
     """
     gray = rgb_to_grayscale(images) if images.shape[1] == 3 else images
     gray = interpolate(gray.float(), (size, size), mode="bilinear", align_corners=False)
-    levels = box_blur((255 * gray).round(), kernel_size).round()
+    levels = _box_filter((255 * gray).round(), kernel_size, "reflect").round()
     background = levels[..., :corner, :corner].mean(dim=(-2, -1), keepdim=True).floor()
     is_object = torch.where(background > 128, levels <= background - darker, levels > background + brighter)
     # The median of binary values is their majority.
-    is_object = box_blur(is_object.float(), kernel_size, border_type="replicate") > 0.5
+    is_object = _box_filter(is_object.float(), kernel_size, "replicate") > 0.5
     return interpolate(is_object.float(), images.shape[-2:], mode="nearest-exact").bool()
+
+
+def _box_filter(images: Tensor, kernel_size: int, border: str) -> Tensor:
+    return avg_pool2d(pad(images, (kernel_size // 2,) * 4, mode=border), kernel_size, stride=1)
 
 
 def shorter_side(masks: Tensor, angles: int = 180) -> Tensor:

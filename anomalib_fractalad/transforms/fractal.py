@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from kornia.enhance import adjust_saturation_with_gray_subtraction
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import tv_tensors
@@ -204,7 +203,7 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             "stamps": stamps,
             "noisy": noisy,
             "noise": noise,
-            "jitter": _sample_jitter(torch.full((batch, 4), self.jitter)),
+            "jitter": _sample_jitter(torch.full((batch, 4), float(self.jitter))),
         }
 
     def _place(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,7 +299,8 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         parameters: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Jitter the normal images; of the anomalous ones jitter what is under the masks, and copy the rest."""
-        factors = parameters["jitter"].to(images.device).T[..., None, None, None]
+        dtype, images = images.dtype, images if images.dtype == torch.float64 else images.float()
+        factors = parameters["jitter"].to(images).T[..., None, None, None]
         order = parameters["order"].tolist()
         means = []
 
@@ -308,7 +308,7 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             means.append(gray.mean(dim=(-2, -1), keepdim=True))
             return means[0]
 
-        normal = _jitter(images, factors, order, mean_of_image)
+        normal = _jitter(images, factors, order, mean_of_image).to(dtype)
         image, target = masks.flatten(1).nonzero().unbind(1)
         mean = means[0].flatten().index_select(0, image)
         factors = factors.flatten(1).index_select(1, image)[:, None, None]
@@ -336,12 +336,12 @@ def _jitter(
     for change in order:
         factor = factors[change].to(values.dtype)
         if change == BRIGHTNESS:
-            values = (values * factor).clamp(0, 1)
+            values = (values * factor).clamp_(0, 1)
         elif change == CONTRAST:
-            mean = mean_gray(rgb_to_grayscale(values) if colored else values)
-            values = (mean + factor * (values - mean)).clamp(0, 1)
+            gray = rgb_to_grayscale(values) if colored else values
+            values = torch.lerp(mean_gray(gray), values, factor).clamp_(0, 1)
         elif colored and change == SATURATION:
-            values = adjust_saturation_with_gray_subtraction(values, factor)
+            values = torch.lerp(rgb_to_grayscale(values), values, factor).clamp_(0, 1)
         elif colored and change == HUE:
             values = _shift_hue(values, factor)
     return values
@@ -350,18 +350,18 @@ def _jitter(
 def _shift_hue(values: Tensor, turns: Tensor) -> Tensor:
     """Turn the hue of images ``(..., 3, H, W)``. Same as kornia's ``adjust_hue``, at a quarter of its time."""
     red, green, blue = values.unbind(-3)
-    value, chroma = values.amax(-3), values.amax(-3) - values.amin(-3)
+    value = values.amax(-3)
+    chroma = value - values.amin(-3)
     sextant = torch.where(
         value == red,
         green - blue,
         torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
     )
-    sextant = sextant / chroma.clamp(min=torch.finfo(values.dtype).tiny) + 6 * turns.squeeze(-3)
-    # Distance of each channel's own hue on the circle decides how much of the chroma the channel lacks.
-    distance = sextant.unsqueeze(-3) + torch.tensor([5.0, 3.0, 1.0], device=values.device)[:, None, None]
-    distance = distance.remainder_(6)
-    lack = torch.minimum(distance, 4 - distance).clamp_(0, 1)
-    return value.unsqueeze(-3) - lack * chroma.unsqueeze(-3)
+    sextant = sextant.div_(chroma.clamp(min=torch.finfo(values.dtype).tiny)).add_(6 * turns.squeeze(-3))
+    # Each channel lacks a part of the chroma that depends on its own hue's distance on the circle.
+    lack = torch.stack([sextant + 5, sextant + 3, sextant + 1], dim=-3).remainder_(6)
+    lack = lack.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(-3), lack, chroma.unsqueeze(-3), value=-1)
 
 
 def _jitter_list(values: Tensor, image: Tensor, factors: Tensor, order: list[int]) -> Tensor:
@@ -466,7 +466,7 @@ def _sample_centers(masks: Tensor, side: Tensor, shares: Tensor) -> tuple[Tensor
     cumulative = (masks & rows_fit[:, :, None] & columns_fit[:, None]).flatten(1).cumsum(1)
     count = cumulative[:, -1:]
     wanted = (shares.T.to(masks.device) * count).long().clamp(max=count - 1) + 1
-    pixel = torch.searchsorted(cumulative, wanted).clamp(max=height * width - 1).T.cpu()
+    pixel = torch.searchsorted(cumulative, wanted.contiguous()).clamp(max=height * width - 1).T.cpu()
     return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1).cpu()
 
 

@@ -124,7 +124,9 @@ def draw(systems: Tensor, sizes: Tensor, stamps: Tensor | None = None, points: i
     sizes = sizes.to(systems.device)
     coordinates = attractor_points(systems, points)
     low, high = coordinates.amin(-1, keepdim=True), coordinates.amax(-1, keepdim=True)
-    scale = (sizes[:, None, None] - 1) / (high - low).clamp_(min=torch.finfo(coordinates.dtype).tiny)
+    precision = torch.finfo(coordinates.dtype)
+    # A little more than to scale, lest rounding puts the farthest points before the last row.
+    scale = (1 + 2 * precision.eps) * (sizes[:, None, None] - 1) / (high - low).clamp_(min=precision.tiny)
     # uint8 because torch's bool operations are not vectorised.
     images = torch.zeros(len(systems), side**2, dtype=torch.uint8, device=systems.device)
     # A part at a time stays in the processor's cache.

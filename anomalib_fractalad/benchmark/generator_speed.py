@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of FractalAnomalyGenerator beside anomalib's PerlinAnomalyGenerator.
+
+Run as ``python -m anomalib_fractalad.benchmark.generator_speed``.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from anomalib.data.utils.generators import PerlinAnomalyGenerator
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from anomalib_fractalad.transforms import FractalAnomalyGenerator
+
+
+def generator_speed(
+    batch_size: int = 32,
+    image_size: int = 256,
+    repetitions: int = 15,
+    device: str = "cpu",
+    threads: int = 1,
+) -> None:
+    """Print the median time of a batch and its ratio to the Perlin generator's, repetitions interleaved.
+
+    Args:
+        batch_size: Number of images in a batch.
+        image_size: Height and width of the images in pixels.
+        repetitions: Number of timed batches for each generator, after one that is not timed.
+        device: Device of the images; on another one than the CPU, images per second are what matters.
+        threads: Number of CPU threads.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    images = torch.rand(batch_size, 3, image_size, image_size, device=device)
+    fractal = FractalAnomalyGenerator()
+    generators: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+        "fractal": fractal,
+        "fractal, augment": fractal.augment,
+        "fractal, object mode": FractalAnomalyGenerator(object_mode=True),
+        "Perlin, probability 0.5 (its default)": PerlinAnomalyGenerator(),
+        "Perlin, probability 1": PerlinAnomalyGenerator(probability=1.0),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in generators}
+    for repetition in range(repetitions + 1):
+        for name, generator in generators.items():
+            elapsed = _time(generator, images)
+            if repetition > 0:
+                seconds[name].append(elapsed)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{batch_size} images of {image_size} x {image_size} on {device}, {threads} CPU thread(s)")
+    for name, median in medians.items():
+        ratio = median / medians["fractal"]
+        print(f"{name:38} {1e3 * median:9.2f} ms {batch_size / median:12.0f} images/s {ratio:7.2f} x fractal")
+
+
+def _time(generator: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> float:
+    _synchronize(images.device)
+    start = time.perf_counter()
+    generator(images)
+    _synchronize(images.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    auto_cli(generator_speed, as_positional=False)
