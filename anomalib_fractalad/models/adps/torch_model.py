@@ -153,7 +153,7 @@ class PatchStudent(Backbone):
                 grids = [*grids, 2]
                 _find_module(self.features, level).register_forward_hook(_split_output)
             self.grids.append(grids)
-        self.size_multiple: int = self.strides[-1] * patches * 2 ** len(split_layers)
+        self.size_multiple: int = self.strides[-1] * patches * 2 ** len(set(split_layers))
 
     def check_size(self, size: Sequence[int]) -> None:
         """Refuse a size that cannot be divided into patches.
