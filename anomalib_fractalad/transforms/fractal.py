@@ -139,7 +139,8 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             ValueError: If shape or values are not as described.
         """
         images = _checked_batch(image)
-        anomalous, masks = self.apply(images, self.generate_parameters(images))
+        with _full_precision(images):
+            anomalous, masks = self.apply(images, self.generate_parameters(images))
         return (anomalous, masks) if image.ndim == 4 else (anomalous[0], masks[0])
 
     @torch.no_grad()
@@ -157,9 +158,10 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             ValueError: As :meth:`forward`.
         """
         images = _checked_batch(image)
-        parameters = self.generate_parameters(images)
-        anomalous, masks = self.apply(images, parameters)
-        normal, anomalous = self._jitter_alike(images, anomalous, masks, parameters)
+        with _full_precision(images):
+            parameters = self.generate_parameters(images)
+            anomalous, masks = self.apply(images, parameters)
+            normal, anomalous = self._jitter_alike(images, anomalous, masks, parameters)
         return (normal, anomalous, masks) if image.ndim == 4 else (normal[0], anomalous[0], masks[0])
 
     def generate_parameters(self, images: Tensor) -> dict[str, Tensor]:
@@ -316,6 +318,11 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         anomalous = normal.clone()
         _write(anomalous, image, target, values[:, 0])
         return normal, anomalous
+
+
+def _full_precision(images: Tensor) -> torch.autocast:
+    """Within, autocast is off: positions in half precision would miss their pixels."""
+    return torch.autocast(images.device.type, enabled=False)
 
 
 def _jitter(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
 
-class AntialiasedResize(Transform):
+class AntialiasedResize(Transform):  # type: ignore[misc]
     """torchvision's bilinear ``Resize`` with antialiasing, written as two matrix products.
 
     anomalib switches antialiasing off for export, and OpenVINO ignores it in ONNX's ``Resize``, so that an image that

@@ -131,6 +131,14 @@ def test_left_out_the_trainer_sets_the_training_length(tmp_path: Path, tiles: Fo
     assert engine.trainer.current_epoch == 2
 
 
+def test_bfloat16_autocast_trains(tmp_path: Path, tiles: Folder) -> None:
+    model = small_model()
+    engine = small_engine(tmp_path, max_epochs=2, precision="bf16-mixed")
+    engine.fit(model, datamodule=tiles)
+    assert all(torch.isfinite(value) for value in engine.trainer.callback_metrics.values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path, tile_root: Path, workers: int) -> None:
     alone = train(tmp_path / "alone", make_tiles(tile_root), max_epochs=1)

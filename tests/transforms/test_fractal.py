@@ -516,3 +516,14 @@ def test_larger_patches_make_larger_masks() -> None:
     images = torch.rand(60, 1, 64, 64)
     areas = [plain(patch_size=(size, size))(images)[1].mean() for size in (0.1, 0.3, 0.6)]
     assert all(small < large for small, large in pairwise(areas))
+
+
+def test_autocast_does_not_reach_the_generator() -> None:
+    image = torch.rand(4, 3, 64, 64)
+    torch.manual_seed(1)
+    expected = FractalAnomalyGenerator().augment(image)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = FractalAnomalyGenerator().augment(image)
+    for one, other in zip(ours, expected, strict=True):
+        assert torch.equal(one, other)

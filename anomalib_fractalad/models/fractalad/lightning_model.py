@@ -107,8 +107,7 @@ class FractalAD(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        with torch.autocast(batch.image.device.type, enabled=False):
-            normal, anomalous, mask = self.generator.augment(batch.image)
+        normal, anomalous, mask = self.generator.augment(batch.image)
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))
