@@ -112,8 +112,9 @@ def test_config_files_are_valid(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_option_has_a_help_text(model: str) -> None:
-    options = inspect.signature(getattr(anomalib_fractalad, model)).parameters
-    documented = {entry.arg_name: entry.description for entry in parse(getattr(anomalib_fractalad, model).__doc__).params}
+    model_class = getattr(anomalib_fractalad, model)
+    options = inspect.signature(model_class).parameters
+    documented = {entry.arg_name: entry.description for entry in parse(model_class.__doc__).params}
     assert list(options) == list(documented)
     assert all(documented.values())
 

@@ -8,4 +8,4 @@ from anomalib_fractalad.models.aand import AAND, AANDModel
 from anomalib_fractalad.models.adps import ADPS, ADPSModel
 from anomalib_fractalad.models.fractalad import FractalAD, FractalADModel
 
-__all__ = ["AAND", "AANDModel", "ADPS", "ADPSModel", "FractalAD", "FractalADModel"]
+__all__ = ["AAND", "ADPS", "AANDModel", "ADPSModel", "FractalAD", "FractalADModel"]

@@ -70,7 +70,7 @@ def keep_antialiasing(transform: Transform | None) -> Transform | None:
         and transform.antialias
         and InterpolationMode(transform.interpolation) is InterpolationMode.BILINEAR
         and transform.size is not None
-        and len(transform.size) == 2  # noqa: PLR2004
+        and len(transform.size) == 2
     ):
         return AntialiasedResize((transform.size[0], transform.size[1]))
     return copy.deepcopy(transform)

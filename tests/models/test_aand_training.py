@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
@@ -19,6 +21,8 @@ from torchvision.transforms.v2 import Resize
 from anomalib_fractalad import AAND
 from anomalib_fractalad.models.aand.loss import PlainDistillationLoss
 from anomalib_fractalad.models.aand.stages import Stage
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def small_model(**arguments: Any) -> AAND:
@@ -337,6 +341,14 @@ def test_default_metrics_and_a_checkpoint_that_is_plain_data(tmp_path: Path, til
     assert type(loaded.distillation_loss) is PlainDistillationLoss
     image = torch.rand(1, 3, 50, 80)
     torch.testing.assert_close(loaded.eval()(image).anomaly_map, model.eval()(image).anomaly_map)
+
+
+def test_the_published_settings_are_the_defaults() -> None:
+    config = yaml.safe_load((CONFIGS / "aand.yaml").read_text())
+    arguments = config["model"]["init_args"]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(AAND).parameters.items()}
+    assert {**arguments, "split": tuple(arguments["split"])} == {name: defaults[name] for name in arguments}
+    assert config["trainer"]["max_epochs"] == sum(arguments["split"])
 
 
 def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:

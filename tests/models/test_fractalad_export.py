@@ -47,7 +47,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory, tile_root: Path) -> Engine:
 
 
 @pytest.fixture(scope="module", params=["dynamic", "fixed"])
-def exported(request: pytest.FixtureRequest, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def exported(
+    request: pytest.FixtureRequest,
+    engine: Engine,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
     """The three exported files and the image sizes that they take."""
     fixed = request.param == "fixed"
     root = tmp_path_factory.mktemp(request.param)

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from reference import GOLDEN, parameters, wave
 from torch import nn
 
 from anomalib_fractalad.models.components import Backbone, FrozenTeacher, ImageScore
@@ -15,7 +16,6 @@ from anomalib_fractalad.models.fractalad.torch_model import (
     cosine_similarity_attention,
     warp,
 )
-from reference import GOLDEN, parameters, wave
 
 numbers = np.load(GOLDEN / "fractalad.npz")
 channels = json.loads((GOLDEN / "fractalad_parameters.json").read_text())["channels"]
@@ -161,7 +161,7 @@ def step(model: FractalADModel, loss: torch.Tensor) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
 
 
 @pytest.fixture
@@ -234,7 +234,11 @@ def test_image_scores() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"score": "median"}, "'median'.*mean, max, top"), ({"top_share": 0.0}, "0.0.*above 0"), ({"top_share": 1.5}, "1.5")],
+    [
+        ({"score": "median"}, "'median'.*mean, max, top"),
+        ({"top_share": 0.0}, "0.0.*above 0"),
+        ({"top_share": 1.5}, "1.5"),
+    ],
 )
 def test_a_wrong_score_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
