@@ -33,7 +33,8 @@ class AntialiasedResize(Transform):  # type: ignore[misc]
         """
         rows = triangle_filter(image.shape[-2], self.size[0], image)
         columns = triangle_filter(image.shape[-1], self.size[1], image)
-        return rows @ image @ columns.T
+        # From the right: OpenVINO fails to compile a last product of which it takes the columns for constant weights.
+        return rows @ (image @ columns.T)
 
 
 def triangle_filter(length: int, target: int, like: Tensor) -> Tensor:

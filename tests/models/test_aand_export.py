@@ -58,16 +58,7 @@ def in_onnx_runtime(file: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("backbone", "size", "fixed"),
     [
-        pytest.param(
-            "test_resnet",
-            (64, 64),
-            True,
-            marks=pytest.mark.xfail(
-                raises=RuntimeError,
-                strict=False,
-                reason="OpenVINO fuses the resize's last product with the normalisation over the wrong axis",
-            ),
-        ),
+        ("test_resnet", (64, 64), True),
         ("resnet18", (100, 150), False),
     ],
 )

@@ -119,3 +119,12 @@ def test_without_a_pre_processor_the_network_takes_any_size_and_batch(tmp_path: 
         outputs = run_onnx(file, images.numpy())
         close(outputs["anomaly_map"], reference.anomaly_map)
         close(outputs["pred_score"], reference.pred_score)
+
+
+def test_a_model_without_distillation_is_exported_for_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = FractalAD(backbone="test_resnet", pre_trained=False, distillation=False, visualizer=False)
+    file = model.eval().to_openvino(tmp_path, input_size=FIXED_SIZE)
+    images = torch.rand(1, 3, *FIXED_SIZE)
+    prediction = OpenVINOInferencer(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).predict(images)
+    assert_same(model(images), prediction.anomaly_map, prediction.pred_score, prediction.pred_label)

@@ -4,7 +4,7 @@
 Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import ImageBatch
@@ -14,6 +14,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from anomalib_fractalad.models.components import DistillationModule, Reduction, check_positive
@@ -107,7 +108,7 @@ class FractalAD(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        normal, anomalous, mask = self.generator.augment(batch.image)
+        normal, anomalous, mask = self.generator.augment(cast("Tensor", batch.image))
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))
