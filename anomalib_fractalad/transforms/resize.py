@@ -26,15 +26,17 @@ class AntialiasedResize(Transform):  # type: ignore[misc]
         """Resize.
 
         Args:
-            image: (..., H, W), floating point.
+            image: (B, C, H, W), floating point.
 
         Returns:
-            (..., *size).
+            (B, C, *size).
         """
         rows = triangle_filter(image.shape[-2], self.size[0], image)
         columns = triangle_filter(image.shape[-1], self.size[1], image)
-        # From the right: OpenVINO fails to compile a last product of which it takes the columns for constant weights.
-        return rows @ (image @ columns.T)
+        # One axis for batch and channels: OpenVINO fuses what follows a product into it, and takes the wrong axis for
+        # the channels where it follows directly.
+        resized = rows @ image.flatten(end_dim=-3) @ columns.T
+        return resized.unflatten(0, image.shape[:-2])
 
 
 def triangle_filter(length: int, target: int, like: Tensor) -> Tensor:
