@@ -36,7 +36,7 @@ class AntialiasedResize(Transform):  # type: ignore[misc]
         # One axis for batch and channels: OpenVINO fuses what follows a product into it, and takes the wrong axis for
         # the channels where it follows directly.
         resized = rows @ image.flatten(end_dim=-3) @ columns.T
-        return resized.unflatten(0, image.shape[:-2])
+        return resized.reshape(*image.shape[:-2], *self.size)
 
 
 def triangle_filter(length: int, target: int, like: Tensor) -> Tensor:
