@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
 MODELS = {
@@ -106,10 +107,35 @@ def _allow_own_class_paths() -> None:
     sys.modules["anomalib.models"].ALLOWED_MODULES.add("anomalib_fractalad")
 
 
+def _seed_command_line() -> None:
+    """Let ``--seed_everything`` of anomalib's program work for this package's models.
+
+    The program of anomalib 2.7 takes the option and then does nothing with it. As in Lightning's own program, the seed
+    is set before the model is built, and logged; left out, it is ``PL_GLOBAL_SEED`` of the environment, or 0.
+    """
+    from wrapt import wrap_function_wrapper  # noqa: PLC0415
+
+    wrap_function_wrapper("anomalib.utils.config", "update_config", _seed_and_update_config)
+
+
+def _seed_and_update_config(
+    update_config: Callable[..., Any], _: None, args: tuple[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Wraps what anomalib's program calls between reading the configuration and building the model."""
+    config = update_config(*args, **kwargs)
+    model, seed = config.get("model"), config.get("seed_everything", False)
+    if model and model.class_path.rpartition(".")[2] in MODELS and seed is not False:
+        from lightning.pytorch import seed_everything  # noqa: PLC0415
+
+        config["seed_everything"] = seed_everything(None if seed is True else seed, workers=True)
+    return config
+
+
 # torch may be imported from the middle of anomalib.data or anomalib.models. So each hook waits for a part that is
 # always imported after torch and that holds all that the package's own modules need.
 _HOOKS: dict[str, Callable[[], None]] = {
     "anomalib.data.datamodules": _publish_data_modules,
     "anomalib.models.image": _publish_models,
     "anomalib.pipelines": _allow_own_class_paths,
+    "anomalib.utils.config": _seed_command_line,
 }

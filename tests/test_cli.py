@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.models import get_model
@@ -65,6 +66,35 @@ def test_from_training_to_export(tmp_path: Path, tile_root: Path, capfd: pytest.
     printed = "".join(capfd.readouterr())
     assert "image_AUROC" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("command", ["train", "fit"])
+def test_the_seed_fixes_the_weights(command: str, model: str, tmp_path: Path, tile_root: Path) -> None:
+    def weights(*seed: object) -> torch.Tensor:
+        torch.rand(1)
+        arguments = ("--model", model, *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path)
+        program = cli(command, *arguments, *seed, run=False)
+        return torch.cat([parameter.detach().flatten() for parameter in program.model.parameters()])
+
+    seeded = weights("--seed_everything", 3)
+    assert torch.equal(seeded, weights("--seed_everything", 3))
+    assert not torch.equal(seeded, weights("--seed_everything", 4))
+    assert not torch.equal(weights("--seed_everything", "false"), weights("--seed_everything", "false"))
+
+
+def test_a_seed_that_is_not_given_is_logged(
+    tmp_path: Path,
+    tile_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    arguments = ("--model", "FractalAD", *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path)
+    with caplog.at_level("INFO", "lightning.fabric.utilities.seed"):
+        program = cli("train", *arguments, run=False)
+    assert "Seed set to 7" in caplog.text
+    assert program.config["train"]["seed_everything"] == 7
 
 
 def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
