@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from conftest import make_tiles
-from lightning import seed_everything
+from lightning import Callback, Trainer, seed_everything
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_fractalad import FractalAD
@@ -95,6 +98,36 @@ def test_optimiser_settings(arguments: dict[str, Any], decay: float) -> None:
     assert len(group["params"]) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
+class LearningRates(Callback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}])
+def test_cosine_decay_takes_the_learning_rate_to_0(tmp_path: Path, tiles: Folder, length: dict[str, int]) -> None:
+    noted = LearningRates()
+    engine = small_engine(tmp_path, callbacks=[noted], **length)
+    engine.fit(small_model(cosine_decay=True, learning_rate=0.02), datamodule=tiles)
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+    schedule = CosineAnnealingLR(optimizer, 6)
+    expected = []
+    for _ in range(6):
+        optimizer.step()
+        schedule.step()
+        expected += schedule.get_last_lr()
+    assert noted.rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_cosine_decay_needs_an_end(tmp_path: Path, tiles: Folder) -> None:
+    with pytest.raises(ValueError, match="set the trainer's max_epochs or max_steps"):
+        small_engine(tmp_path, max_epochs=-1).fit(small_model(cosine_decay=True), datamodule=tiles)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,14 +185,17 @@ def test_another_seed_gives_another_result(tmp_path: Path, tile_root: Path) -> N
     assert not torch.equal(one.model.head.classify.weight, other.model.head.classify.weight)
 
 
-def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, tile_root: Path) -> None:
-    unbroken = train(tmp_path / "unbroken", make_tiles(tile_root), max_epochs=3)
-    train(tmp_path / "broken", make_tiles(tile_root), max_epochs=1)
-    (checkpoint,) = (tmp_path / "broken").rglob("*.ckpt")
+@pytest.mark.parametrize("cosine_decay", [False, True])
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, tile_root: Path, cosine_decay: bool) -> None:
+    every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    seed_everything(1)
+    unbroken = small_model(cosine_decay=cosine_decay)
+    engine = small_engine(tmp_path / "unbroken", max_epochs=3, callbacks=[every_epoch])
+    engine.fit(unbroken, datamodule=make_tiles(tile_root))
     torch.manual_seed(99)
-    resumed = small_model()
+    resumed = small_model(cosine_decay=cosine_decay)
     engine = small_engine(tmp_path / "resumed", max_epochs=3)
-    engine.fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+    engine.fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert_same_weights(unbroken, resumed)
 
 

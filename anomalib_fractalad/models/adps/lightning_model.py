@@ -4,7 +4,6 @@
 Xing, Tang, Tang, Li, IEEE TNNLS 36(4), 2025, arXiv 2210.10495.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,6 @@ class ADPS(DistillationModule, AnomalibModule):
     """
 
     model: ADPSModel
-    _training_steps: float = math.inf
 
     def __init__(
         self,
@@ -149,9 +147,4 @@ class ADPS(DistillationModule, AnomalibModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _decay(self, step: int) -> float:
-        return DECAY ** sum(step >= share * self._training_steps for share in DECAY_AT)
-
-    def on_train_start(self) -> None:
-        """Learn how long training takes. To ask before would shuffle the data before a checkpoint is restored."""
-        super().on_train_start()
-        self._training_steps = self.trainer.estimated_stepping_batches
+        return DECAY ** sum(step >= share * self.training_steps for share in DECAY_AT)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the package's Lightning modules have in common."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,13 @@ class DistillationModule(_Base):
     """Training length, evaluation, export and resuming, the same for every model of the package.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
+
+    Attributes:
+        training_steps: Optimiser steps of the whole training, once it has begun.
     """
 
     epochs: int | None
+    training_steps: float = math.inf
     _random_state: dict[str, Any] | None = None
 
     def __init__(self, **components: Any) -> None:
@@ -100,6 +105,11 @@ class DistillationModule(_Base):
             torch.set_rng_state(self._random_state["cpu"])
             for device, state in enumerate(self._random_state["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(state, device)
+
+    def on_train_start(self) -> None:
+        """Learn how many steps training takes. To ask before would shuffle the data before a checkpoint is restored."""
+        super().on_train_start()
+        self.training_steps = self.trainer.estimated_stepping_batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of torch's random number generators beside the weights."""

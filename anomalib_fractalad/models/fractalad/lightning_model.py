@@ -4,6 +4,7 @@
 Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,10 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_fractalad.models.components import DistillationModule, Reduction, check_positive
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
@@ -41,6 +43,8 @@ class FractalAD(DistillationModule, AnomalibModule):
         top_share: Share of the pixels, above 0 and at most 1, that the score top takes.
         learning_rate: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW. Left out, it is 0.001 with distillation and 0.01 without, as published.
+        cosine_decay: Let the learning rate fall to 0 along a cosine over the training. The published rate is constant,
+            so that a short training ends on a better or a worse step by chance.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
@@ -70,6 +74,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         top_share: float = 0.005,
         learning_rate: float = 1e-3,
         weight_decay: float | None = None,
+        cosine_decay: bool = False,
         epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -91,6 +96,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.cosine_decay = cosine_decay
         self.generator = FractalAnomalyGenerator(object_mode=object_mode)
         self.model = FractalADModel(backbone, pre_trained, distillation, score, top_share)
         self.distillation_loss = DistillationLoss()
@@ -117,7 +123,22 @@ class FractalAD(DistillationModule, AnomalibModule):
         self.log_dict({f"train_{name}": part for name, part in losses.items()}, prog_bar=True, batch_size=len(normal))
         return loss
 
-    def configure_optimizers(self) -> Optimizer:
-        """AdamW over student and head, with a constant learning rate."""
+    def on_train_start(self) -> None:
+        """Refuse a learning rate that is to fall until the end of a training that has none.
+
+        Raises:
+            ValueError: If so.
+        """
+        super().on_train_start()
+        if self.cosine_decay and math.isinf(self.training_steps):
+            msg = "cosine_decay needs an end of training: set the trainer's max_epochs or max_steps"
+            raise ValueError(msg)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over student and head."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if not self.cosine_decay:
+            return optimizer
+        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / self.training_steps)) / 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
