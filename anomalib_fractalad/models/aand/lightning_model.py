@@ -51,6 +51,8 @@ class AAND(DistillationModule, AnomalibModule):
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16, for the teacher.
         pre_trained: Load ImageNet weights into the teacher.
+        weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
+            ImageNet weights: no network is needed.
         split: Shares of the training that stage I (amplification) and stage II (distillation) get, in whole epochs;
             [0, 1] leaves stage I out, which is plain reverse distillation.
         hard_distillation: Weigh the positions that the student reproduces worst. Without it the loss is reverse
@@ -89,6 +91,7 @@ class AAND(DistillationModule, AnomalibModule):
         self,
         backbone: str = "wide_resnet50_2",
         pre_trained: bool = True,
+        weights: str | Path | None = None,
         split: tuple[float, float] = (100, 120),
         hard_distillation: bool = True,
         anomaly_generator: GeneratorChoice = None,
@@ -108,6 +111,7 @@ class AAND(DistillationModule, AnomalibModule):
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What a checkpoint records.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
+        weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -119,7 +123,7 @@ class AAND(DistillationModule, AnomalibModule):
         self.split = split
         self.generator = generator
         self.object_mode = object_mode
-        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share)
+        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights)
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()

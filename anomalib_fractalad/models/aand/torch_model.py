@@ -2,6 +2,7 @@
 """The network of AAND: a frozen teacher with amplified anomalies, and a student that knows normal features."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
@@ -29,6 +30,7 @@ class AANDModel(nn.Module):
         amplification: Amplify anomalies; otherwise this is plain reverse distillation.
         score: Image score from the anomaly map: ``max`` (published), ``mean`` or ``top`` (mean of the highest pixels).
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
+        weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
@@ -42,10 +44,11 @@ class AANDModel(nn.Module):
         amplification: bool = True,
         score: Reduction = "max",
         top_share: float = 0.005,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.score = ImageScore(score, top_share)
-        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained)
+        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
         self.amplifiers = nn.ModuleList(map(ResidualAnomalyAmplification, channels if amplification else []))
         self.student = reverse_student(backbone, channels)

@@ -35,6 +35,8 @@ class ADPS(DistillationModule, AnomalibModule):
     Args:
         backbone: Name of a timm CNN, for teacher and student.
         pre_trained: Load ImageNet weights into the teacher.
+        weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
+            ImageNet weights: no network is needed.
         layers: The stages to compare, from the finest to the coarsest: strides, or names of timm's feature levels such
             as layer1. The default is a ResNet's first three stages.
         patches: The student sees the image in patches x patches parts. 1 is usual, symmetric distillation. Height and
@@ -73,6 +75,7 @@ class ADPS(DistillationModule, AnomalibModule):
         self,
         backbone: str = "wide_resnet50_2",
         pre_trained: bool = True,
+        weights: str | Path | None = None,
         layers: Sequence[int | str] = LAYERS,
         patches: int = 8,
         split_layers: Sequence[int | str] = (),
@@ -92,6 +95,7 @@ class ADPS(DistillationModule, AnomalibModule):
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What the checkpoint records: plain data, texture folder included.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
+        weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -102,7 +106,7 @@ class ADPS(DistillationModule, AnomalibModule):
         self.learning_rate = learning_rate
         self.segmentation_weight = segmentation_weight
         self.generator = generator
-        self.model = ADPSModel(backbone, pre_trained, layers, patches, split_layers, smoothing)
+        self.model = ADPSModel(backbone, pre_trained, layers, patches, split_layers, smoothing, weights)
         self.distillation_loss = AsymmetricDistillationLoss()
         self.segmentation_loss = FocalLoss()
 

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
@@ -35,6 +36,7 @@ class ADPSModel(nn.Module):
         patches: The student sees ``patches`` x ``patches`` parts of the image.
         split_layers: Those of ``layers`` after which the student's features are split 2 x 2 once more.
         smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
+        weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
     Raises:
         ValueError: If the backbone lacks a stage, or an argument is out of range.
@@ -49,10 +51,11 @@ class ADPSModel(nn.Module):
         patches: int = 8,
         split_layers: Sequence[int | str] = (),
         smoothing: float = 4.0,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_positive(patches=patches, smoothing=smoothing)
-        self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained)
+        self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
         self.student = PatchStudent(backbone, layers, patches, split_layers)
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
         self.smooth = GaussianBlur2d(smoothing)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher and student backbones from timm."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
@@ -22,6 +24,8 @@ class Backbone(nn.Module):
         name: Name of a timm model.
         layers: The stages: strides (numbers) or names of timm's feature levels (such as ``layer2`` or ``blocks.3``).
         pre_trained: Load ImageNet weights; otherwise weights are random.
+        weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) of the whole network, with or
+            without its classifier, to load in place of ImageNet weights.
 
     Attributes:
         channels: Channels of each stage.
@@ -29,15 +33,31 @@ class Backbone(nn.Module):
         levels: Name of each stage in timm.
 
     Raises:
-        ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a stage.
+        FileNotFoundError: If there is no file ``weights``.
+        ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a stage, or if the file of
+            weights cannot be read, belongs to another network, or is given without ``pre_trained``.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
-    def __init__(self, name: str, layers: Sequence[int | str], *, pre_trained: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int | str],
+        *,
+        pre_trained: bool,
+        weights: str | Path | None = None,
+    ) -> None:
         super().__init__()
         levels = _find_levels(name, layers)
         self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        features = _create_model(name, pretrained=pre_trained, out_indices=tuple(levels))
+        source = {}
+        if weights is not None:
+            if not pre_trained:
+                msg = f"weights is {str(weights)!r}, but pre_trained is false; leave one of the two out"
+                raise ValueError(msg)
+            source = {"pretrained_cfg_overlay": {"state_dict": _read_weights(name, Path(weights))}}
+        features = _create_model(name, pretrained=pre_trained, out_indices=tuple(levels), **source)
+        features.pretrained_cfg.pop("state_dict", None)  # or every export would hold the weights a second time
         self.features: nn.Module = features
         self.channels: list[int] = features.feature_info.channels()
         self.strides: list[int] = features.feature_info.reduction()
@@ -64,10 +84,18 @@ class FrozenTeacher(Backbone):
         name: Name of a timm model.
         layers: The stages: strides (numbers) or names of timm's feature levels.
         pre_trained: Load ImageNet weights; otherwise weights are random.
+        weights: Local timm checkpoint to load in place of ImageNet weights.
     """
 
-    def __init__(self, name: str, layers: Sequence[int | str], *, pre_trained: bool) -> None:
-        super().__init__(name, layers, pre_trained=pre_trained)
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int | str],
+        *,
+        pre_trained: bool,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__(name, layers, pre_trained=pre_trained, weights=weights)
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -84,10 +112,46 @@ def _create_model(name: str, *, pretrained: bool, **features: Any) -> Any:
             raise
         msg = (
             f"The pre-trained weights of backbone {name!r} could not be loaded ({type(error).__name__}: {error}). "
-            "Without a network, put them into the Hugging Face cache beforehand (HF_HUB_CACHE, HF_HUB_OFFLINE=1), "
-            "or set pre_trained=False for random weights."
+            "Without a network, name a local timm checkpoint with weights=FILE, put the weights into the Hugging Face "
+            "cache beforehand (HF_HUB_CACHE, HF_HUB_OFFLINE=1), or set pre_trained=False for random weights."
         )
         raise RuntimeError(msg) from error
+
+
+def _read_weights(name: str, file: Path) -> dict[str, Tensor]:
+    """Weights from a timm checkpoint, once they are known to be those of the backbone."""
+    if not file.is_file():
+        msg = f"weights is {str(file)!r}, but there is no such file"
+        raise FileNotFoundError(msg)
+    try:
+        weights: dict[str, Tensor] = load_state_dict(str(file))
+        shapes = {key: value.shape for key, value in weights.items()}
+    except Exception as error:
+        msg = (
+            f"weights {str(file)!r} cannot be read as a timm checkpoint ({type(error).__name__}): give a .safetensors "
+            "file, or a .pth file that holds tensors by name and nothing else"
+        )
+        raise ValueError(msg) from error
+    with torch.device("meta"):
+        network: Any = timm.create_model(name)
+    expected = {key: value.shape for key, value in network.state_dict().items()}
+    network.reset_classifier(0)
+    needed = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
+    faults = {
+        "missing": needed - shapes.keys(),
+        "superfluous": shapes.keys() - expected.keys(),
+        "of another shape": {key for key in needed & shapes.keys() if shapes[key] != expected[key]},
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
+        msg = f"weights {str(file)!r} are not those of backbone {name!r}. {told[0].upper()}{told[1:]}."
+        raise ValueError(msg)
+    return weights
+
+
+def _some(names: Collection[str], count: int = 3) -> str:
+    first, rest = sorted(names)[:count], len(names) - count
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _find_levels(name: str, layers: Sequence[int | str]) -> list[int]:

@@ -136,7 +136,8 @@ class DistillationModule(_Base):
             *args: As for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
             **kwargs: Likewise; also arguments of the model to override.
         """
-        kwargs.setdefault("pre_trained", False)
+        if "weights" not in kwargs:
+            kwargs = {"pre_trained": False, "weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -5,6 +5,7 @@ Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
 """
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,8 @@ class FractalAD(DistillationModule, AnomalibModule):
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8, 16 and 32, for teacher and student.
         pre_trained: Load ImageNet weights into the teacher.
+        weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
+            ImageNet weights: no network is needed.
         distillation: Train a student and segment its features, weighted by their distance to the teacher's. Without
             it the segmentation head reads the teacher's features, which the paper does for textures.
         object_mode: Keep anomalies on the object and scale them to its size. For single objects on a plain background.
@@ -68,6 +71,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         self,
         backbone: str = "resnet18",
         pre_trained: bool = True,
+        weights: str | Path | None = None,
         distillation: bool = True,
         object_mode: bool = False,
         score: Reduction = "mean",
@@ -87,6 +91,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         if weight_decay < 0:
             msg = f"weight_decay is {weight_decay}; it must be 0 or more"
             raise ValueError(msg)
+        weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -98,7 +103,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         self.weight_decay = weight_decay
         self.cosine_decay = cosine_decay
         self.generator = FractalAnomalyGenerator(object_mode=object_mode)
-        self.model = FractalADModel(backbone, pre_trained, distillation, score, top_share)
+        self.model = FractalADModel(backbone, pre_trained, distillation, score, top_share, weights)
         self.distillation_loss = DistillationLoss()
         self.segmentation_loss = SegmentationLoss()
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
@@ -28,6 +29,7 @@ class FractalADModel(nn.Module):
         distillation: Train a student and read its weighted features; otherwise the head reads the teacher's features.
         score: Image score from the anomaly map: ``mean`` (published), ``max`` or ``top`` (mean of the highest pixels).
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
+        weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
@@ -41,10 +43,11 @@ class FractalADModel(nn.Module):
         distillation: bool = True,
         score: Reduction = "mean",
         top_share: float = 0.005,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.score = ImageScore(score, top_share)
-        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained)
+        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
         self.head = SegmentationHead(self.teacher.channels)
 
