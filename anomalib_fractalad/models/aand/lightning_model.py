@@ -177,9 +177,8 @@ class AAND(DistillationModule, AnomalibModule):
         del args, kwargs
         images = cast("Tensor", batch.image)
         parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distil(images)
-        loss = torch.stack(list(parts.values())).sum()
-        logged = {"train_loss": loss, **{f"train_{name}": part for name, part in parts.items()}}
-        self.log_dict({"stage": float(self.stage), **logged}, prog_bar=True, batch_size=len(images))
+        self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
+        loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
         if self.trainer.world_size > 1:
             # Distributed training waits for a gradient of every weight.
             loss = loss + 0 * sum(parameter.sum() for parameter in self._idle_parameters())

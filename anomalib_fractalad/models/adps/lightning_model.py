@@ -15,7 +15,6 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -138,10 +137,8 @@ class ADPS(DistillationModule, AnomalibModule):
         teacher, distances = self.model.compare(anomalous)
         distillation = self.distillation_loss(distances, mask)
         segmentation = self.segmentation_loss(self.model.segment(teacher, distances), mask)
-        loss: Tensor = distillation + self.segmentation_weight * segmentation
-        parts = {"train_loss": loss, "train_distillation": distillation, "train_segmentation": segmentation}
-        self.log_dict(parts, prog_bar=True, batch_size=len(mask))
-        return loss
+        loss = distillation + self.segmentation_weight * segmentation
+        return self.log_losses(loss, {"distillation": distillation, "segmentation": segmentation}, batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over student and decoder; its rate falls at 80 % and 90 % of the training's steps."""

@@ -3,6 +3,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.export import Dim
 from torchvision.transforms.v2 import Normalize, Resize
 
@@ -139,6 +141,35 @@ class DistillationModule(_Base):
         if "weights" not in kwargs:
             kwargs = {"pre_trained": False, "weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def log_losses(self, loss: Tensor, parts: Mapping[str, Tensor], batch: ImageBatch) -> Tensor:
+        """Log the loss of a step and its parts.
+
+        Args:
+            loss: The loss, a scalar.
+            parts: Its parts by name, scalars.
+            batch: The images that it comes from.
+
+        Returns:
+            The loss.
+
+        Raises:
+            FloatingPointError: If a part is infinite or not a number.
+        """
+        finite = torch.stack(list(parts.values())).isfinite()
+        if not finite.all():
+            part, value = next((name, value) for name, value in parts.items() if not value.isfinite())
+            files = ", ".join(map(str, batch.image_path or ["(no paths given)"]))
+            msg = (
+                f"the {part} loss of {self.name} is {value.item()} in epoch {self.current_epoch}, step "
+                f"{self.global_step}, on the images {files}. If these are in order, lower the learning rate"
+                f"{'' if self.trainer.precision.startswith('32') else ' or train with --trainer.precision 32'}, and "
+                "go on from the last checkpoint."
+            )
+            raise FloatingPointError(msg)
+        logged = {"train_loss": loss, **{f"train_{name}": part for name, part in parts.items()}}
+        self.log_dict(logged, prog_bar=True, batch_size=batch.batch_size)
+        return loss
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Predict maps and scores of a validation batch."""

@@ -123,10 +123,7 @@ class FractalAD(DistillationModule, AnomalibModule):
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))
-        loss = torch.stack(list(losses.values())).sum()
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(normal))
-        self.log_dict({f"train_{name}": part for name, part in losses.items()}, prog_bar=True, batch_size=len(normal))
-        return loss
+        return self.log_losses(torch.stack(list(losses.values())).sum(), losses, batch)
 
     def on_train_start(self) -> None:
         """Refuse a learning rate that is to fall until the end of a training that has none.
