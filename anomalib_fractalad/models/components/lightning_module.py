@@ -3,11 +3,12 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -41,7 +42,7 @@ class DistillationModule(_Base):
 
     epochs: int | None
     training_steps: float = math.inf
-    _random_state: dict[str, Any] | None = None
+    _random_states: Sequence[dict[str, Any]] = ()
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
@@ -103,10 +104,11 @@ class DistillationModule(_Base):
             raise ValueError(msg)
         # Lightning takes the teacher's evaluation mode for an oversight.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-        if self.trainer.ckpt_path is not None and self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"])
-            for device, state in enumerate(self._random_state["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state, device)
+        rank = self.global_rank
+        if self.trainer.ckpt_path is not None and rank < len(self._random_states):
+            _set_random_state(self._random_states[rank])
+        elif rank > 0:  # the anomalies of each process are its own
+            torch.manual_seed(torch.initial_seed() + (rank << 32))
 
     def on_train_start(self) -> None:
         """Learn how many steps training takes. To ask before would shuffle the data before a checkpoint is restored."""
@@ -114,20 +116,19 @@ class DistillationModule(_Base):
         self.training_steps = self.trainer.estimated_stepping_batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of torch's random number generators beside the weights."""
+        """Save the states of torch's random number generators, of every process, beside the weights."""
         super().on_save_checkpoint(checkpoint)
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = [_random_state()]
+        if dist.is_available() and dist.is_initialized():
+            states *= dist.get_world_size()
+            dist.all_gather_object(states, _random_state())
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random number generators' state for a resumed training."""
+        """Remember the random number generators' states for a resumed training."""
         super().on_load_checkpoint(checkpoint)
         self._keep_antialiasing_in_export()
-        state = checkpoint.get("random_state")
-        self._random_state = state and {
-            "cpu": state["cpu"].cpu(),
-            "cuda": [device_state.cpu() for device_state in state["cuda"]],
-        }
+        self._random_states = checkpoint.get("random_states", [])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -202,6 +203,17 @@ class DistillationModule(_Base):
             batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
             kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state.cpu(), device)
 
 
 def check_positive(**values: float | None) -> None:

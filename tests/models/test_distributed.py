@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from conftest import make_tiles
+from test_all_models import small_model
+
+from anomalib_fractalad.plugin import MODELS
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("distributed_training.py"), tile_root, folder],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "models")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def of_both(results: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((results / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_come_to_the_same_weights_by_anomalies_of_their_own(results: Path, name: str) -> None:
+    one, other = of_both(results, name)
+    assert one["weights"] == other["weights"]
+    assert len(one["random"]) == 2
+    assert not set(one["random"]) & set(other["random"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_metrics_are_those_of_one_process(results: Path, name: str, tile_root: Path, tmp_path: Path) -> None:
+    one, other = of_both(results, name)
+    assert one["metrics"] == other["metrics"]
+    (checkpoint,) = (results / name).rglob("*.ckpt")
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, logger=False)
+    (metrics,) = engine.test(small_model(name), datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+    assert metrics == pytest.approx(one["metrics"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_hold_the_random_numbers_of_every_process(results: Path, name: str) -> None:
+    (checkpoint,) = (results / name).rglob("*.ckpt")
+    one, other = torch.load(checkpoint, weights_only=True)["random_states"]
+    assert not torch.equal(one["cpu"], other["cpu"])
