@@ -146,6 +146,13 @@ def test_object_mode_reaches_the_generator() -> None:
     assert not small_model().generator.object_mode
 
 
+def test_position_margin_reaches_the_generator() -> None:
+    assert small_model().generator.position_margin == 0.1
+    assert small_model(position_margin=0).generator.position_margin == 0
+    with pytest.raises(ValueError, match="position_margin"):
+        small_model(position_margin=-0.1)
+
+
 def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
     transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
     with pytest.raises(ValueError, match="pre-processor of FractalAD must not contain Normalize"):
