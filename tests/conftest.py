@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.engine import Engine
 from PIL import Image
 
 SIZE = 64
+# A processor with bfloat16 would make OpenVINO compute in it.
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 torch.set_num_threads(1)  # the tests' networks are tiny: threads cost more than they gain
 
@@ -59,3 +65,28 @@ def make_tiles(root: Path, num_workers: int = 0) -> Folder:
         num_workers=num_workers,
         val_split_mode="same_as_test",
     )
+
+
+def small_engine(root: Path, **arguments: Any) -> Engine:
+    defaults = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=root, **{**defaults, **arguments})
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    for (name, ours), theirs in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def in_onnx_runtime(file: Path, images: np.ndarray | torch.Tensor) -> SimpleNamespace:
+    session = onnxruntime.InferenceSession(file)
+    names = [output.name for output in session.get_outputs()]
+    return SimpleNamespace(**dict(zip(names, session.run(None, {"input": np.asarray(images)}), strict=True)))
+
+
+def assert_same_prediction(prediction: Any, reference: Any) -> None:
+    """Maps and scores at most 1e-3 apart, and the same label."""
+    for name in ("anomaly_map", "pred_score"):
+        ours, theirs = (torch.as_tensor(getattr(result, name)).squeeze() for result in (prediction, reference))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0, check_stride=False)
+    ours, theirs = (torch.as_tensor(result.pred_label).flatten() for result in (prediction, reference))
+    assert torch.equal(ours, theirs)

@@ -11,9 +11,8 @@ import yaml
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
-from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import make_tiles, save
+from conftest import make_tiles, save, small_engine
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from torchvision.transforms.v2 import Resize
@@ -33,11 +32,6 @@ def small_model(**arguments: Any) -> AAND:
         "visualizer": False,
     }
     return AAND(**{**defaults, **arguments})
-
-
-def small_engine(root: Path, **arguments: Any) -> Engine:
-    defaults = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return Engine(default_root_dir=root, **{**defaults, **arguments})
 
 
 class Watch(Callback):

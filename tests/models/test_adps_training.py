@@ -9,10 +9,9 @@ import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
-from anomalib.engine import Engine
 from anomalib.models import get_model
 from anomalib.pre_processing import PreProcessor
-from conftest import make_tiles, save
+from conftest import assert_same_weights, make_tiles, save, small_engine
 from lightning import seed_everything
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
@@ -30,21 +29,11 @@ def small_model(**arguments: Any) -> ADPS:
     return ADPS(**{**defaults, **arguments})
 
 
-def small_engine(root: Path, **arguments: Any) -> Engine:
-    defaults = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=root, **{**defaults, **arguments})
-
-
 def train(root: Path, datamodule: Folder, *, max_epochs: int = 2, **arguments: Any) -> ADPS:
     seed_everything(1)
     model = small_model(**arguments)
     small_engine(root, max_epochs=max_epochs).fit(model, datamodule=datamodule)
     return model
-
-
-def assert_same_weights(one: ADPS, other: ADPS) -> None:
-    for (name, ours), theirs in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 def test_training_moves_student_and_decoder(tmp_path: Path, tiles: Folder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import Folder
-from anomalib.engine import Engine
+from conftest import small_engine
 
 import anomalib_fractalad
 from anomalib_fractalad.plugin import MODELS
@@ -17,12 +17,6 @@ def small_model(name: str, **arguments: Any) -> Any:
     extra = {"patches": 2} if name == "ADPS" else {}
     kind = getattr(anomalib_fractalad, name)
     return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **extra, **arguments)
-
-
-def small_engine(root: Path, **arguments: Any) -> Engine:
-    return Engine(
-        **{"default_root_dir": root, "max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, **arguments},
-    )
 
 
 @pytest.mark.parametrize(
@@ -43,12 +37,12 @@ def test_a_loss_that_is_no_number_stops_training(
             parameter.data.fill_(value)
     message = rf"the {part} loss of {name} is (nan|inf) in epoch 0, step 0, on the images .*good.*\.png.* lower the"
     with pytest.raises(FloatingPointError, match=message):
-        small_engine(tmp_path).fit(model, datamodule=tiles)
+        small_engine(tmp_path, max_epochs=2).fit(model, datamodule=tiles)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_of_mixed_precision_are_numbers(name: str, tiles: Folder, tmp_path: Path) -> None:
     model = small_model(name)
-    small_engine(tmp_path, precision="bf16-mixed").fit(model, datamodule=tiles)
+    small_engine(tmp_path, max_epochs=2, precision="bf16-mixed").fit(model, datamodule=tiles)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model.trainer.callback_metrics["train_loss"].dtype == torch.float32

@@ -4,23 +4,20 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import make_tiles
+from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles
 from lightning import seed_everything
 from torchvision.transforms.v2 import Resize
 from torchvision.utils import save_image
 
 from anomalib_fractalad import FractalAD
 
-TOLERANCE = 1e-3
 FIXED_SIZE = (100, 150)
 SIZES = [(64, 64), FIXED_SIZE, (41, 33)]
 
@@ -62,23 +59,6 @@ def exported(
     return {**files, "sizes": [FIXED_SIZE] if fixed else SIZES}
 
 
-def run_onnx(file: Path, images: np.ndarray) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(file)
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, {"input": images}), strict=True))
-
-
-def assert_same(reference: Any, anomaly_map: Any, pred_score: Any, pred_label: Any) -> None:
-    close(anomaly_map, reference.anomaly_map)
-    close(pred_score, reference.pred_score)
-    assert bool(pred_label) == bool(reference.pred_label)
-
-
-def close(ours: Any, reference: torch.Tensor) -> None:
-    ours = torch.as_tensor(ours).squeeze()
-    torch.testing.assert_close(ours, reference.squeeze(), rtol=0, atol=TOLERANCE, check_stride=False)
-
-
 def test_one_score_everywhere(
     engine: Engine,
     exported: dict[str, Any],
@@ -88,18 +68,16 @@ def test_one_score_everywhere(
     monkeypatch.chdir(tmp_path)  # OpenVINOInferencer makes a cache in the working directory
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     from_torch = TorchInferencer(exported["torch"], device="cpu")
-    # A processor with bfloat16 would make OpenVINO compute in it.
-    from_openvino = OpenVINOInferencer(exported["openvino"], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    from_openvino = OpenVINOInferencer(exported["openvino"], "CPU", FLOAT32)
     for size in exported["sizes"]:
         image = tmp_path / f"{size}.png"
         save_image(torch.rand(3, *size), image)
         # The trainer's own loop, which resizes outside the exported model.
         (lightning,) = engine.predict(engine.model, data_path=image)
         for inferencer in (from_torch, from_openvino):
-            prediction = inferencer.predict(image)
-            assert_same(lightning, prediction.anomaly_map, prediction.pred_score, prediction.pred_label)
-        outputs = run_onnx(exported["onnx"], read_image(image, as_tensor=True).unsqueeze(0).numpy())
-        assert_same(lightning, outputs["anomaly_map"], outputs["pred_score"], outputs["pred_label"])
+            assert_same_prediction(inferencer.predict(image), lightning)
+        outputs = in_onnx_runtime(exported["onnx"], read_image(image, as_tensor=True).unsqueeze(0))
+        assert_same_prediction(outputs, lightning)
 
 
 def test_exporting_prints_no_failure(engine: Engine, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -115,10 +93,7 @@ def test_without_a_pre_processor_the_network_takes_any_size_and_batch(tmp_path: 
     file = model.eval().to_onnx(tmp_path)
     for shape in ((1, 3, 64, 96), (3, 3, 70, 53)):
         images = torch.rand(shape)
-        reference = model(images)
-        outputs = run_onnx(file, images.numpy())
-        close(outputs["anomaly_map"], reference.anomaly_map)
-        close(outputs["pred_score"], reference.pred_score)
+        assert_same_prediction(in_onnx_runtime(file, images), model(images))
 
 
 def test_a_model_without_distillation_is_exported_for_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,5 +101,4 @@ def test_a_model_without_distillation_is_exported_for_one_size(tmp_path: Path, m
     model = FractalAD(backbone="test_resnet", pre_trained=False, distillation=False, visualizer=False)
     file = model.eval().to_openvino(tmp_path, input_size=FIXED_SIZE)
     images = torch.rand(1, 3, *FIXED_SIZE)
-    prediction = OpenVINOInferencer(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).predict(images)
-    assert_same(model(images), prediction.anomaly_map, prediction.pred_score, prediction.pred_label)
+    assert_same_prediction(OpenVINOInferencer(file, "CPU", FLOAT32).predict(images), model(images))

@@ -7,9 +7,8 @@ import pytest
 import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import Folder
-from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import make_tiles
+from conftest import assert_same_weights, make_tiles, small_engine
 from lightning import Callback, Trainer, seed_everything
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -28,21 +27,11 @@ def small_model(**arguments: Any) -> FractalAD:
     return FractalAD(**{**defaults, **arguments})
 
 
-def small_engine(root: Path, **arguments: Any) -> Engine:
-    defaults = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=root, **{**defaults, **arguments})
-
-
 def train(root: Path, datamodule: Folder, *, max_epochs: int = 2, seed: int = 1, **arguments: Any) -> FractalAD:
     seed_everything(seed)
     model = small_model(**arguments)
     small_engine(root, max_epochs=max_epochs).fit(model, datamodule=datamodule)
     return model
-
-
-def assert_same_weights(one: FractalAD, other: FractalAD) -> None:
-    for (name, ours), theirs in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 def test_losses_are_logged_under_their_names(tmp_path: Path, tiles: Folder) -> None:
