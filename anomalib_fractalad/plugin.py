@@ -124,7 +124,8 @@ def _seed_and_update_config(
     """Wraps what anomalib's program calls between reading the configuration and building the model."""
     config = update_config(*args, **kwargs)
     model, seed = config.get("model"), config.get("seed_everything", False)
-    if model and model.class_path.rpartition(".")[2] in MODELS and seed is not False:
+    name = getattr(model, "class_path", "").rpartition(".")[2]
+    if name in MODELS and seed is not False:
         from lightning.pytorch import seed_everything  # noqa: PLC0415
 
         config["seed_everything"] = seed_everything(None if seed is True else seed, workers=True)
