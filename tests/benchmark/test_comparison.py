@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole command, on tiny data, and the metrics against a second way of computing them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from PIL import Image
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from anomalib_fractalad.benchmark.__main__ import benchmark
+from anomalib_fractalad.benchmark.config import RUNTIMES
+from anomalib_fractalad.benchmark.measure import ScoreCollector, defect_auroc
+
+PADIM = {
+    "class_path": "Padim",
+    "init_args": {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "n_features": 8},
+}
+FRACTALAD = {
+    "class_path": "FractalAD",
+    "init_args": {"backbone": "test_resnet", "pre_trained": False},
+    "epochs": 1,
+}
+EFFICIENTAD = {"class_path": "EfficientAd", "steps": 2, "train_batch_size": 1}
+
+
+def folder(root: Path) -> dict[str, Any]:
+    arguments = {
+        "name": "tiles",
+        "root": str(root),
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/blot",
+        "mask_dir": "ground_truth/blot",
+        "train_batch_size": 4,
+        "eval_batch_size": 4,
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+    return {"class_path": "Folder", "init_args": arguments}
+
+
+def run(output: Path, models: list[Any], root: Path, **arguments: Any) -> Path:
+    defaults = {"accelerator": "cpu", "image_size": (64, 64), "threads": 1, "repetitions": 3, "sheet_images": 3}
+    return benchmark(models, [folder(root)], output=output, **{**defaults, **arguments})
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory, tile_root: Path) -> Path:
+    output = tmp_path_factory.mktemp("comparison")
+    run(output, [FRACTALAD, PADIM, EFFICIENTAD], tile_root)
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(output: Path) -> pd.DataFrame:
+    return pd.read_csv(output / "results.csv").set_index("model")
+
+
+def test_every_job_has_a_row(results: pd.DataFrame) -> None:
+    assert list(results.index) == ["FractalAD", "Padim", "EfficientAd"]
+    assert list(results.status) == ["done", "done", "failed"]
+
+
+def test_what_is_measured(results: pd.DataFrame) -> None:
+    done = results[results.status == "done"]
+    for metric in ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO"):
+        assert done[metric].between(0, 1).all(), metric
+    for runtime in RUNTIMES:
+        for figure in ("file_mb", "latency_ms", "latency_90_ms", "images_per_second"):
+            assert (done[f"{runtime}/{figure}"] > 0).all(), (runtime, figure)
+    assert (done.fit_seconds > 0).all()
+    assert (done.train_images_per_second * done.fit_seconds).round().tolist() == [8, 8]
+    assert (done.peak_memory_mb > 100).all()
+    assert done.trainable_parameters["Padim"] == 0
+    assert 0 < done.trainable_parameters["FractalAD"] < done.total_parameters["FractalAD"]
+    assert (done["openvino_fp32/precision"] == "f32").all()
+    assert (done["openvino_fp16/file_mb"] < 0.7 * done["openvino_fp32/file_mb"]).all()
+    assert (done["image_AUROC/blot"] == done.image_AUROC).all()
+
+
+def test_openvino_keeps_the_quality(results: pd.DataFrame) -> None:
+    fractalad = results.loc["FractalAD"]
+    assert fractalad["openvino_fp32/image_AUROC"] == pytest.approx(fractalad.image_AUROC, abs=0.07)
+    assert fractalad["openvino_int8/image_AUROC"] == pytest.approx(fractalad.image_AUROC, abs=0.2)
+
+
+def test_quality_agrees_with_the_scores(output: Path) -> None:
+    (file,) = (file for file in output.glob("jobs/*.json") if "FractalAD on" in file.read_text())
+    content = json.loads(file.read_text())
+    _, labels, scores = zip(*content["scores"], strict=True)
+    assert content["quality"]["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_a_failure_is_reported_with_its_reason(results: pd.DataFrame, output: Path) -> None:
+    assert "give init_args.imagenet_dir a folder" in results.reason["EfficientAd"]
+    assert results.reason["EfficientAd"] in (output / "report.md").read_text()
+
+
+def test_the_report_tells_all(output: Path) -> None:
+    report = (output / "report.md").read_text()
+    for heading in (
+        "What was run",
+        "Quality",
+        "Cost",
+        "Speed",
+        "Image AUROC by type of defect",
+        "Jobs without a result",
+    ):
+        assert f"# {heading}" in report
+    for text in ("| FractalAD | epochs: 1 |", "64 x 64", "| Padim | OpenVINO INT8 |", "INFERENCE_PRECISION_HINT: f32"):
+        assert text in report
+
+
+@pytest.mark.parametrize("kind", ["latency", "fit_time", "defects", "heat_maps"])
+def test_pictures_are_drawn(kind: str, output: Path) -> None:
+    assert f"({kind}_tiles.png)" in (output / "report.md").read_text()
+    pixels = np.asarray(Image.open(output / f"{kind}_tiles.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_a_second_call_does_nothing(output: Path, tile_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in output.glob("jobs/*")}
+    run(output, [FRACTALAD, PADIM, EFFICIENTAD], tile_root)
+    assert before == {file: file.stat().st_mtime_ns for file in output.glob("jobs/*")}
+    assert "3 jobs, 3 of them" in capsys.readouterr().out
+
+
+def test_running_out_of_time(tile_root: Path, tmp_path: Path) -> None:
+    run(tmp_path, [EFFICIENTAD, PADIM], tile_root, time_limit=0.01)
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert list(results.status) == ["timed out", "timed out"]
+    assert results.reason.str.startswith("ran out of time: 0.01 s were over in the stage 'starting'").all()
+    run(tmp_path, [EFFICIENTAD], tile_root, retry=True)
+    assert list(pd.read_csv(tmp_path / "results.csv").status) == ["failed"]
+
+
+def test_metrics_agree_with_scikit_learn(tmp_path: Path) -> None:
+    collector = ScoreCollector([], tmp_path)
+    labels, masks = torch.tensor([0, 1, 0, 1, 1, 0]).bool(), torch.rand(6, 16, 16) > 0.8
+    masks[~labels] = False
+    scores, maps = torch.rand(6), torch.rand(6, 16, 16)
+    for part in (slice(0, 4), slice(4, 6)):
+        batch = ImageBatch(
+            image=torch.rand(6, 3, 16, 16)[part],
+            image_path=[f"test/{'ab'[i % 2]}/{i}.png" for i in range(6)][part],
+            gt_label=labels[part],
+            gt_mask=masks[part],
+            pred_score=scores[part],
+            anomaly_map=maps[part],
+        )
+        collector.on_test_batch_end(None, None, None, batch, 0)
+    found = {metric.name: metric.compute().item() for metric in collector.test_metrics}
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    expected = {
+        "image_AUROC": roc_auc_score(labels, scores),
+        "image_AUPR": average_precision_score(labels, scores),
+        "image_F1Max": (2 * precision * recall / (precision + recall + 1e-12)).max(),
+        "pixel_AUROC": roc_auc_score(masks.flatten(), maps.flatten()),
+        "pixel_AUPR": average_precision_score(masks.flatten(), maps.flatten()),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert [score for *_, score in collector.scores] == pytest.approx(scores.tolist())
+
+
+def test_auroc_of_each_defect() -> None:
+    scores = [
+        ("good/0.png", False, 0.1),
+        ("good/1.png", False, 0.5),
+        ("dent/0.png", True, 0.3),
+        ("cut/0.png", True, 0.9),
+    ]
+    assert defect_auroc(scores) == {"cut": 1.0, "dent": 0.5}
+    assert defect_auroc(scores[2:]) == {}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison is checked before it runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from anomalib_fractalad.benchmark.__main__ import benchmark, main
+from anomalib_fractalad.benchmark.config import Job, Settings, make_jobs
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DATA: dict[str, Any] = {"class_path": "SurfaceDefects"}
+PADIM: dict[str, Any] = {"class_path": "Padim"}
+
+
+def jobs(*models: Any, data: Any = (DATA,), seeds: Any = (0,), **settings: Any) -> list[Job]:
+    return make_jobs(models, data, seeds, Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([], "models is empty; give at least one"),
+        ([{}], r"models\[0\] has no class_path; give"),
+        ([PADIM, {"class_path": "Patchcor"}], r"models\[1\]: anomalib.models has no 'Patchcor'; it has .*Patchcore"),
+        ([{**PADIM, "init_args": {"bone": 1}}], r"(?s)models\[0\].*'bone' is not accepted"),
+        ([{"class_path": "Stfpm"}], r"models\[0\] \(Stfpm\) has no training budget; give epochs or steps"),
+        ([{"class_path": "Stfpm", "epochs": 0}], r"\(Stfpm\): epochs is 0; it must be above 0"),
+        ([{"class_path": "Stfpm", "epochs": 2, "steps": 3}], "has epochs 2 and steps 3; give one of them"),
+        ([{**PADIM, "epochs": 2}], r"\(Padim\) has epochs 2, but sets its training length itself; leave epochs out"),
+        (
+            [{"class_path": "FractalAD", "init_args": {"epochs": 2}, "steps": 3}],
+            "steps 3, but sets its",
+        ),
+        ([PADIM, PADIM], "models has Padim 2 times; give each a name of its own"),
+        (
+            [{"class_path": "Draem", "epochs": 1, "init_args": {"dtd_dir": "nowhere"}}],
+            r"models\[0\] \(Draem\): dtd_dir is 'nowhere', which is no folder; give a folder of images, or",
+        ),
+    ],
+)
+def test_mistakes_in_models(models: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jobs(*models)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": ()}, "seeds is empty; give at least one"),
+        ({"seeds": (1, 1)}, "seeds has 1 2 times; leave one out"),
+        ({"data": ()}, "data is empty; give at least one"),
+        ({"data": ({"class_path": "Tiles"},)}, r"data\[0\]: anomalib.data has no 'Tiles'; it has .*SurfaceDefects"),
+        ({"runtimes": ("onnx",)}, "runtimes has 'onnx'; known are torch, openvino_fp32"),
+        ({"repetitions": 0}, "repetitions is 0; it must be above 0"),
+    ],
+)
+def test_mistakes_elsewhere(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jobs(PADIM, **arguments)
+
+
+def test_no_time_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="time_limit is 0; it must be above 0 seconds"):
+        benchmark([PADIM], [DATA], output=tmp_path, time_limit=0)  # type: ignore[list-item]
+
+
+def test_a_job_for_each_model_data_and_seed() -> None:
+    other = {**PADIM, "name": "other", "init_args": {"n_features": 10}}
+    metal = {**DATA, "init_args": {"category": "metal_plate"}}
+    found = jobs(PADIM, other, data=(DATA, metal), seeds=(3, 4))
+    assert len({job.key for job in found}) == len(found) == 8
+    assert str(found[0]) == "Padim on SurfaceDefects fabric, seed 3"
+    assert str(found[-1]) == "other on SurfaceDefects metal_plate, seed 4"
+
+
+def test_the_key_depends_on_all_but_names() -> None:
+    (key,) = (job.key for job in jobs(PADIM))
+    assert key == jobs({**PADIM, "name": "other"})[0].key
+    for changed in (jobs({**PADIM, "train_batch_size": 2}), jobs(PADIM, seeds=[1]), jobs(PADIM, repetitions=3)):
+        assert changed[0].key != key
+
+
+def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (without,) = jobs({"class_path": "Draem", "epochs": 1})
+    assert without.spec["model"]["init_args"]["dtd_dir"] is None
+    assert without.notes == ("no texture images (dtd_dir not given): anomalies come from noise",)
+    (given,) = jobs({"class_path": "Draem", "epochs": 1, "init_args": {"dtd_dir": str(tmp_path)}})
+    assert given.notes == (f"texture images of dtd_dir: {tmp_path}",)
+
+
+def test_the_config_file_is_valid() -> None:
+    config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+    found = make_jobs(config["models"], config["data"], config["seeds"], Settings())
+    assert len(found) == 24
+
+
+def test_the_help_tells_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Models to compare, each with class_path" in printed
+    assert "--time_limit" in printed
+
+
+def test_a_mistake_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["benchmark", "--models", '[{"class_path": "Stfpm"}]', "--data", '[{"class_path": "SurfaceDefects"}]']
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match=r"error: models\[0\] \(Stfpm\) has no training budget"):
+        main()

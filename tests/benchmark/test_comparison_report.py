@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report, from records written by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from anomalib_fractalad.benchmark.config import Job
+from anomalib_fractalad.benchmark.job import Record, record_of, run_in_process
+from anomalib_fractalad.benchmark.report import write_report
+
+SPEC: dict[str, Any] = {
+    "model": {"class_path": "anomalib.models.Draem", "init_args": {"dtd_dir": None, "enable_sspcab": True}},
+    "epochs": None,
+    "steps": 30,
+    "train_batch_size": None,
+    "image_size": None,
+    "threads": 2,
+    "repetitions": 50,
+    "versions": {"anomalib": "2.7.0"},
+}
+ENVIRONMENT = {"platform": "Linux", "cpu": "a CPU", "cores": 2, "cuda": None}
+
+
+def make_job(model: str, seed: int) -> Job:
+    return Job(
+        model, "part", seed, {**SPEC, "seed": seed, "name": model}, {"enable_sspcab": True}, ("no texture images",)
+    )
+
+
+def write(output: Path, job: Job, auroc: float, **values: Any) -> Record:
+    record = record_of(job, output)
+    content = {
+        "status": "done",
+        "environment": ENVIRONMENT,
+        "quality": {"image_AUROC": auroc, "image_AUPR": 0.5},
+        "defects": {"dent": auroc, "cut": 1.0},
+        "cost": {"fit_seconds": 10.0 + job.seed, "total_parameters": 1234567},
+        "runtimes": {
+            "torch": {"latency_ms": 60.0, "device": "cpu"},
+            "openvino_fp32": {"latency_ms": 18.0, "precision": "f32", "image_AUROC": auroc},
+            "openvino_int8": {"reason": "RuntimeError: no|way"},
+        },
+    }
+    record.save(**{**content, **values})
+    return record
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> str:
+    jobs = [make_job(model, seed) for model in ("one", "two", "lost") for seed in (0, 1)]
+    for job, auroc in zip(jobs[:4], (0.8, 0.9, 0.7, 0.7), strict=True):
+        write(tmp_path, job, auroc)
+    for job in jobs[4:]:
+        record_of(job, tmp_path).save(status="timed out", reason="ran out of time")
+    return write_report(jobs, tmp_path).read_text()
+
+
+def test_tables_hold_mean_and_spread(report: str) -> None:
+    assert "| model | image AUROC | image AP |\n" in report
+    assert "| one | 0.850 ± 0.071 | 0.500 ± 0.000 |\n" in report
+    assert "| two | 0.700 ± 0.000 | 0.500 ± 0.000 |\n" in report
+    assert "| model | dent | cut |\n" in report
+    assert "| one | 10.5 ± 0.7 | 1,234,567 ± 0 |\n" in report
+    assert "| one | torch | - | 60.0 ± 0.0 | - | - | - | cpu |  |\n" in report
+    assert "| one | OpenVINO FP32 | - | 18.0 ± 0.0 | - | - | 0.850 ± 0.071 | f32 |  |\n" in report
+    assert r"| one | OpenVINO INT8 | - | - | - | - | - | - | RuntimeError: no\|way |" in report
+    assert "pixel" not in report
+
+
+def test_what_was_run(report: str) -> None:
+    assert "| one | steps: 30 | enable_sspcab: true | no texture images |\n" in report
+    assert "Seeds: 0, 1; image size: each model's own; CPU threads: 2; versions: anomalib 2.7.0." in report
+    assert "Machine: a CPU, 2 cores, Linux." in report
+
+
+def test_jobs_without_a_result_have_their_reason(report: str, tmp_path: Path) -> None:
+    assert "| lost | part | 0 | timed out | ran out of time |\n" in report
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert list(results.status) == ["done"] * 4 + ["timed out"] * 2
+    assert list(results["image_AUROC/dent"][:4]) == [0.8, 0.9, 0.7, 0.7]
+
+
+def test_the_sheet_shows_every_model_on_the_same_images(tmp_path: Path) -> None:
+    jobs = [make_job("red", 0), make_job("blue", 0)]
+    for job, colour in zip(jobs, ("red", "blue"), strict=True):
+        record = write(tmp_path, job, 0.5, sheet=[{"image_path": "test/dent/0.png", "score": 0.25}])
+        record.folder.mkdir()
+        for kind, fill in (("image", "lime"), ("mask", "white"), ("map", colour)):
+            Image.new("RGB", (32, 32), fill).save(record.folder / f"{kind}_0.png")
+    assert "(heat_maps_part.png)" in write_report(jobs, tmp_path).read_text()
+    pixels = np.asarray(Image.open(tmp_path / "heat_maps_part.png").convert("RGB")).reshape(-1, 3)
+    areas = [(pixels == colour).all(axis=1).sum() for colour in ((0, 255, 0), (255, 0, 0), (0, 0, 255))]
+    assert min(areas) > 1000
+    assert max(areas) < 1.1 * min(areas)
+
+
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    job = make_job("lost", 0)
+    record_of(job, tmp_path).save(status="failed", reason="why not")
+    assert "![" not in write_report([job], tmp_path).read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killer = tmp_path / "killer.py"
+    killer.write_text("import os; print('so long', flush=True); os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec python3 {killer}\n")
+    (tmp_path / "python").chmod(0o755)
+    job = make_job("dying", 0)
+    record = record_of(job, tmp_path)
+    run_in_process(job, record)
+    assert record.content["status"] == "failed"
+    assert record.content["reason"] == (
+        "the process was ended by SIGKILL (out of memory?) in the stage 'starting'; it said last: so long"
+    )
+
+
+def test_a_torn_record_counts_as_missing(tmp_path: Path) -> None:
+    record = record_of(make_job("torn", 0), tmp_path)
+    record.save(status="done")
+    record.file.write_text(record.file.read_text()[:9])
+    assert record_of(make_job("torn", 0), tmp_path).content == {}
