@@ -102,7 +102,7 @@ def build(spec: dict[str, Any], root: Path) -> tuple[AnomalibModule, AnomalibDat
     parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
     arguments = {**spec["model"]["init_args"]}
     if "dtd_dir" in arguments and arguments["dtd_dir"] is None:
-        arguments["dtd_dir"] = root  # a folder without images: noise instead of a download
+        arguments["dtd_dir"] = str(root)  # a folder without images: noise instead of a download
     if spec["image_size"] is not None and arguments.get("pre_processor") is True:
         model_class = import_class(spec["model"]["class_path"])
         arguments["pre_processor"] = model_class.configure_pre_processor(image_size=tuple(spec["image_size"]))
