@@ -132,11 +132,19 @@ def _seed_and_update_config(
     return config
 
 
+def _join_benchmark_results() -> None:
+    """Let one run of anomalib's benchmark hold models with different arguments or metrics; 2.7 fails to join these."""
+    from pandas import DataFrame  # noqa: PLC0415
+
+    sys.modules["anomalib.pipelines.benchmark.job"].BenchmarkJob.collect = staticmethod(DataFrame)
+
+
 # torch may be imported from the middle of anomalib.data or anomalib.models. So each hook waits for a part that is
 # always imported after torch and that holds all that the package's own modules need.
 _HOOKS: dict[str, Callable[[], None]] = {
     "anomalib.data.datamodules": _publish_data_modules,
     "anomalib.models.image": _publish_models,
     "anomalib.pipelines": _allow_own_class_paths,
+    "anomalib.pipelines.benchmark.job": _join_benchmark_results,
     "anomalib.utils.config": _seed_command_line,
 }

@@ -4,6 +4,7 @@
 import inspect
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -110,23 +111,23 @@ def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytes
         "val_split_mode": "same_as_test",
     }
     arguments = {"backbone": "test_resnet", "pre_trained": False, "epochs": 1}
+    models = [{"class_path": name, "init_args": arguments} for name in (*MODELS, "anomalib_fractalad.FractalAD")]
+    models.append({"class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}})
     config = {
         "accelerator": "cpu",
         "benchmark": {
             "seed": 0,
-            "model": {
-                "class_path": {"grid": ["FractalAD", "anomalib_fractalad.FractalAD"]},
-                "init_args": arguments,
-            },
+            "model": {"grid": models},
             "data": {"class_path": "Folder", "init_args": folder},
         },
     }
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
     cli("benchmark", "--config", "benchmark.yaml")
-    (results,) = tmp_path.glob("runs/benchmark/*/results.csv")
-    header, *rows = results.read_text().splitlines()
-    assert "image_AUROC" in header
-    assert len(rows) == 2
+    (file,) = tmp_path.glob("runs/benchmark/*/results.csv")
+    results = pd.read_csv(file)
+    assert len(results) == len(models)
+    assert results["image_AUROC"].notna().all()
+    assert results["pixel_AUPRO"].notna().sum() == len(models) - 1  # not among Padim's metrics
 
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.endswith("benchmark"))
