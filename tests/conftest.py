@@ -8,6 +8,8 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from PIL import Image
 
@@ -90,3 +92,25 @@ def assert_same_prediction(prediction: Any, reference: Any) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0, check_stride=False)
     ours, theirs = (torch.as_tensor(result.pred_label).flatten() for result in (prediction, reference))
     assert torch.equal(ours, theirs)
+
+
+def assert_one_score_everywhere(
+    engine: Engine,
+    image: Path,
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    input_size: tuple[int, int] | None = None,
+) -> tuple[Any, Path]:
+    """Predict an image in all runtimes; gives Lightning's prediction and the ONNX file."""
+    (lightning,) = engine.predict(engine.model, data_path=image)
+    torch_file, onnx_file, openvino_file = (
+        engine.export(engine.model, kind, export_root=folder, input_size=input_size)
+        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
+    )
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed
+    assert "failed" not in printed.lower()
+    assert_same_prediction(TorchInferencer(torch_file, device="cpu").predict(image), lightning)
+    assert_same_prediction(in_onnx_runtime(onnx_file, read_image(image, as_tensor=True).unsqueeze(0)), lightning)
+    assert_same_prediction(OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image), lightning)
+    return lightning, onnx_file

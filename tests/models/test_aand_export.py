@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data.utils import read_image
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles
+from conftest import assert_one_score_everywhere, assert_same_prediction, in_onnx_runtime, make_tiles
 from lightning import seed_everything
 from torchvision.transforms.v2 import Resize
 from torchvision.utils import save_image
@@ -57,21 +55,7 @@ def test_one_score_everywhere(
     engine = trained(backbone, tmp_path, tile_root)
     image = tmp_path / "image.png"
     save_image(torch.rand(1, 3, *size), image)
-    (lightning,) = engine.predict(engine.model, data_path=image)
-    arguments = {"export_root": tmp_path, "input_size": size if fixed else None}
-    torch_file = engine.export(engine.model, ExportType.TORCH, **arguments)
-    onnx_file = engine.export(engine.model, ExportType.ONNX, **arguments)
-    openvino_file = engine.export(engine.model, ExportType.OPENVINO, **arguments)
-    printed = "".join(capfd.readouterr())
-    assert "Traceback" not in printed
-    assert "failed" not in printed.lower()
-
-    from_torch = TorchInferencer(torch_file, device="cpu").predict(image)
-    assert_same_prediction(from_torch, lightning)
-    from_onnx = in_onnx_runtime(onnx_file, read_image(image, as_tensor=True).unsqueeze(0))
-    assert_same_prediction(from_onnx, lightning)
-    from_openvino = OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image)
-    assert_same_prediction(from_openvino, lightning)
+    assert_one_score_everywhere(engine, image, tmp_path, capfd, size if fixed else None)
 
 
 def test_an_export_without_a_pre_processor_takes_the_size_it_is_made_for(tmp_path: Path) -> None:

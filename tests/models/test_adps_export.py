@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles
+from conftest import assert_one_score_everywhere, assert_same_prediction, in_onnx_runtime, make_tiles
 from lightning import seed_everything
-from torchvision.io import read_image
 from torchvision.transforms.v2 import Resize
 from torchvision.utils import save_image
 
@@ -54,20 +53,8 @@ def test_one_score_everywhere(
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     image = tmp_path / "image.png"
     save_image(torch.rand(1, 3, *size), image)
-    (lightning,) = engine.predict(engine.model, data_path=image)
+    lightning, onnx_file = assert_one_score_everywhere(engine, image, tmp_path, capfd, size if fixed else None)
     assert lightning.anomaly_map.std() > 1e-3
-    capfd.readouterr()
-    arguments = {"export_root": tmp_path, "input_size": size if fixed else None}
-    torch_file, onnx_file, openvino_file = (
-        engine.export(engine.model, kind, **arguments)
-        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
-    )
-    printed = "".join(capfd.readouterr())
-    assert "Traceback" not in printed
-    assert "failed" not in printed.lower()
-    assert_same_prediction(TorchInferencer(torch_file, device="cpu").predict(image), lightning)
-    assert_same_prediction(in_onnx_runtime(onnx_file, (read_image(image) / 255).unsqueeze(0)), lightning)
-    assert_same_prediction(OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image), lightning)
     if not fixed:
         images = torch.rand(3, 3, 50, 70)
         with torch.no_grad():

@@ -151,7 +151,7 @@ class AAND(DistillationModule, AnomalibModule):
         """Divide the training among the stages."""
         super().on_train_start()
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.plan = StagePlan.divide(int(self.trainer.estimated_stepping_batches), math.ceil(batches), self.split)
+        self.plan = StagePlan.divide(int(self.training_steps), math.ceil(batches), self.split)
         self._announced = None
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:

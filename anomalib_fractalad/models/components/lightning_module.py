@@ -118,10 +118,11 @@ class DistillationModule(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the states of torch's random number generators, of every process, beside the weights."""
         super().on_save_checkpoint(checkpoint)
-        states = [_random_state()]
+        state = _random_state()
+        states = [state]
         if dist.is_available() and dist.is_initialized():
             states *= dist.get_world_size()
-            dist.all_gather_object(states, _random_state())
+            dist.all_gather_object(states, state)
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
