@@ -114,3 +114,66 @@ def assert_one_score_everywhere(
     assert_same_prediction(in_onnx_runtime(onnx_file, read_image(image, as_tensor=True).unsqueeze(0)), lightning)
     assert_same_prediction(OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image), lightning)
     return lightning, onnx_file
+
+
+ODD_FOLDER = "odd pictures 部品 ящик é"  # spaces and letters that are not Latin
+
+
+def make_odd_pictures(folder: Path, *, large: bool = False) -> tuple[list[Path], dict[Path, str]]:
+    """Pictures that are not like the others.
+
+    Args:
+        folder: Where they are written; made if it is not there.
+        large: Also make one of 6000x4000, which takes a second to read.
+
+    Returns:
+        Those that can be read, and those that cannot with what is wrong, as part of an error's message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+
+    def stripes(height: int, width: int) -> np.ndarray:
+        return 120 + 60 * np.sin(np.arange(width) / 2) + random.normal(0, 6, (height, width))
+
+    grey = Image.fromarray(stripes(48, 80).astype(np.uint8))
+    deep = Image.fromarray((257 * stripes(48, 80)).astype(np.uint16))
+    colour = Image.merge("RGB", [grey, grey.rotate(180), grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    transparent = colour.copy()
+    transparent.putalpha(grey)
+    pictures = {
+        "grey.png": grey,
+        "grey and alpha.png": transparent.convert("LA"),
+        "colour.bmp": colour,
+        "rgba.png": transparent,
+        "palette.png": colour.quantize(16),
+        "colour.webp": colour,
+        "bilevel.png": grey.convert("1"),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "16 bits.png": deep,
+        "16 bits.tif": deep,
+        "16 bits.pgm": deep,
+        "one pixel.png": Image.new("RGB", (1, 1), (200, 100, 50)),
+        "line.png": Image.fromarray(stripes(1, 3000).astype(np.uint8)),
+        "column.png": Image.fromarray(stripes(1, 3000).astype(np.uint8).T),
+        "strip.png": Image.fromarray(stripes(7, 1500).astype(np.uint8)),
+        "black.png": Image.new("RGB", (64, 64), "black"),
+        "white.png": Image.new("RGB", (64, 64), "white"),
+        "деталь 部品 é.png": colour,
+        "CAPITALS.JPG": colour,
+    }
+    if large:
+        pictures["6000x4000.jpg"] = Image.fromarray(np.tile(colour, (84, 75, 1))[:4000, :6000])
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+
+    unreadable = {
+        "cut off.png": ("truncated", (folder / "rgba.png").read_bytes()[:2000]),
+        "cut off.jpg": ("truncated", (folder / "CAPITALS.JPG").read_bytes()[:900]),
+        "text.png": ("no picture", b"This is a text.\n"),
+        "empty.png": ("empty", b""),
+    }
+    for name, (_, contents) in unreadable.items():
+        (folder / name).write_bytes(contents)
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    bad = {folder / name: reason for name, (reason, _) in unreadable.items()} | {folder / "bomb.png": "too large"}
+    return [folder / name for name in pictures], bad
