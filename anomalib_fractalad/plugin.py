@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
@@ -139,12 +139,45 @@ def _join_benchmark_results() -> None:
     sys.modules["anomalib.pipelines.benchmark.job"].BenchmarkJob.collect = staticmethod(DataFrame)
 
 
+def _read_every_picture() -> None:
+    """Let anomalib read grey pictures of more than 8 bits, and name the file that it cannot read."""
+    from anomalib_fractalad.pictures import read_image, read_mask  # noqa: PLC0415
+
+    module = sys.modules["anomalib.data.utils.image"]
+    for replacement in (read_image, read_mask):
+        name = replacement.__name__
+        original = getattr(module, name)
+        # Where torch does not load this package, others may have imported the function already.
+        for user in [user for key, user in list(sys.modules.items()) if key.startswith("anomalib.")]:
+            if getattr(user, "__dict__", {}).get(name) is original:
+                setattr(user, name, replacement)
+
+
+def _show_every_picture() -> None:
+    """Let heat maps be drawn on pictures as they are read for the model."""
+    from anomalib_fractalad.pictures import open_rgb  # noqa: PLC0415
+
+    module: Any = sys.modules["anomalib.visualization.image.item_visualizer"]
+    module.Image = SimpleNamespace(open=open_rgb)
+
+
+def _allow_every_script() -> None:
+    """Let paths hold letters of any script: anomalib takes all but ASCII for characters that cannot be printed."""
+    from anomalib_fractalad.pictures import has_control_characters  # noqa: PLC0415
+
+    module: Any = sys.modules["anomalib.data.utils.path"]
+    module.contains_non_printable_characters = has_control_characters
+
+
 # torch may be imported from the middle of anomalib.data or anomalib.models. So each hook waits for a part that is
 # always imported after torch and that holds all that the package's own modules need.
 _HOOKS: dict[str, Callable[[], None]] = {
     "anomalib.data.datamodules": _publish_data_modules,
+    "anomalib.data.utils.image": _read_every_picture,
+    "anomalib.data.utils.path": _allow_every_script,
     "anomalib.models.image": _publish_models,
     "anomalib.pipelines": _allow_own_class_paths,
     "anomalib.pipelines.benchmark.job": _join_benchmark_results,
     "anomalib.utils.config": _seed_command_line,
+    "anomalib.visualization.image.item_visualizer": _show_every_picture,
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the package's Lightning modules have in common."""
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,13 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.export import Dim
 from torchvision.transforms.v2 import Normalize, Resize
 
+from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
 from anomalib_fractalad.transforms.resize import keep_antialiasing
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     _Base = AnomalibModule
 else:
     _Base = object
+
+logger = logging.getLogger(__name__)
 
 EXPORT_OPSET = 18  # grid_sample needs 16; torch's exporter writes 18 and can only fail to go below
 
@@ -111,9 +116,33 @@ class DistillationModule(_Base):
             torch.manual_seed(torch.initial_seed() + (rank << 32))
 
     def on_train_start(self) -> None:
-        """Learn how many steps training takes. To ask before would shuffle the data before a checkpoint is restored."""
+        """Refuse pictures that cannot be read, and learn how many steps training takes.
+
+        To ask for the steps before would shuffle the data before a checkpoint is restored.
+
+        Raises:
+            UnreadablePictureError: If pictures to train, validate or test on cannot be read.
+        """
         super().on_train_start()
+        loaders = CombinedLoader([self.trainer.train_dataloader, self.trainer.val_dataloaders]).flattened
+        test_data = getattr(self.trainer.datamodule, "test_data", None)
+        check_pictures([*(loader.dataset for loader in loaders), test_data])
         self.training_steps = self.trainer.estimated_stepping_batches
+
+    def on_predict_start(self) -> None:
+        """Leave out pictures that cannot be read, and say which, so that the others are predicted.
+
+        Raises:
+            UnreadablePictureError: If none can be read.
+        """
+        super().on_predict_start()
+        datasets = [loader.dataset for loader in CombinedLoader(self.trainer.predict_dataloaders).flattened]
+        if left_out := leave_out_unreadable(datasets):
+            if self.trainer.is_global_zero:
+                logger.warning("\n  ".join([f"{len(left_out)} picture(s) left out of the prediction:", *left_out]))
+            loop = self.trainer.predict_loop  # its samplers and workers still have the longer lists
+            loop.setup_data()
+            loop.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the states of torch's random number generators, of every process, beside the weights."""

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pictures that are not like the others, and finding those that cannot be read before work is lost.
+
+:func:`read_image` and :func:`read_mask` take the place of anomalib's functions of the same names
+(:mod:`anomalib_fractalad.plugin`). They differ in what anomalib 2.7 gets wrong: grey pictures of more than 8 bits come
+out white there, and the errors for broken files do not name the file.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.tv_tensors import Mask
+
+_SHOWN = 10  # files named in an error
+_THREADS = 8
+
+
+class UnreadablePictureError(OSError):
+    """A file is no picture, is broken, or holds values without a known meaning."""
+
+
+def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
+    """Read a picture in RGB.
+
+    Args:
+        path: The file.
+        as_tensor: Give a tensor instead of an array.
+
+    Returns:
+        float32 tensor of shape (3, height, width) or float64 array of shape (height, width, 3), in [0, 1].
+
+    Raises:
+        UnreadablePictureError: As for :func:`open_rgb`.
+    """
+    picture = open_rgb(path)
+    if as_tensor:
+        return to_dtype(to_image(picture), torch.float32, scale=True)  # type: ignore[no-any-return]
+    return np.array(picture) / 255.0
+
+
+def read_mask(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
+    """Read a mask of defects.
+
+    Args:
+        path: The file. Every grey level above 0 is a defect, so that masks of 0 and 1 are also taken.
+        as_tensor: Give a tensor instead of an array.
+
+    Returns:
+        uint8 tensor of zeros and ones, or uint8 array of the grey levels; shape (height, width).
+
+    Raises:
+        UnreadablePictureError: If the file cannot be read.
+    """
+    picture = _open(path, lambda picture: picture.convert("L"))
+    return Mask(to_image(picture).squeeze(0) > 0, dtype=torch.uint8) if as_tensor else np.array(picture)
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """Open a picture in RGB of 8 bits a channel.
+
+    Grey levels of 16 bits are divided by 256, as Pillow does with colours of 16 bits: 65535 becomes 255.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnreadablePictureError: If the file is no picture, is truncated, holds more pixels than Pillow trusts, or has
+            grey levels of 32 bits that 0 to 255 do not hold; the message names file, problem and remedy.
+    """
+    return _open(path, lambda picture: _in_8_bits(picture).convert("RGB"))
+
+
+def _open(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return convert(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly everything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        msg = f"{path} {_problem(path, error)}"
+        raise UnreadablePictureError(msg) from error
+
+
+def _problem(path: str | Path, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large ({error}). If it can be trusted, raise PIL.Image.MAX_IMAGE_PIXELS."
+    if isinstance(error, _UnknownScaleError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        what = "is empty (0 bytes)" if not Path(path).stat().st_size else "is no picture of a known format"
+    elif "truncated" in str(error).lower():
+        what = f"is truncated ({error})"
+    else:
+        what = f"cannot be decoded ({type(error).__name__}: {error})"
+    return f"{what}. Replace the file, or take it out of the folder."
+
+
+class _UnknownScaleError(ValueError):
+    pass
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow scales PGM to 16
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in {"I", "F"}:
+        low, high = np.asarray(picture).min(), np.asarray(picture).max()
+        if not 0 <= low <= high <= 255 or (picture.mode == "F" and 0 < high <= 1):
+            msg = (
+                f"has grey levels of 32 bits from {low:g} to {high:g}; black is taken to be 0 and white 255, which "
+                "does not fit. Save it with 8 or 16 bits."
+            )
+            raise _UnknownScaleError(msg)
+    return picture
+
+
+def has_control_characters(path: str | Path) -> bool:
+    """Whether a path has characters that cannot be shown; letters of every script and all spaces can."""
+    return any(unicodedata.category(character) in {"Cc", "Cs"} for character in str(path))
+
+
+def check_pictures(datasets: Iterable[Any]) -> None:
+    """Read all pictures and masks once.
+
+    Args:
+        datasets: Anomalib's data sets; others, which do not tell their files, are passed over.
+
+    Raises:
+        UnreadablePictureError: If some cannot be read, or a mask has other proportions than its image; the message
+            names the files and what is wrong with each.
+    """
+    problems = _problems((item for dataset in datasets for item in _items(dataset)), _unusable)
+    if problems:
+        raise _error(problems)
+
+
+def leave_out_unreadable(datasets: Sequence[Any]) -> list[str]:
+    """Take the pictures that cannot be read out of data sets, in place.
+
+    Args:
+        datasets: Anomalib's data sets; others, which do not tell their files, are passed over.
+
+    Returns:
+        What is wrong with each of the pictures left out.
+
+    Raises:
+        UnreadablePictureError: If nothing would be left.
+    """
+    items = [list(_items(dataset)) for dataset in datasets]
+    problems = _problems(chain(*items), _unreadable)
+    if problems and problems.keys() == set(chain(*items)):
+        raise _error(problems)
+    if problems:
+        for dataset, candidates in zip(datasets, items, strict=True):
+            kept = [index for index, item in enumerate(candidates) if item not in problems]
+            if hasattr(dataset, "image_filenames"):
+                dataset.image_filenames = [dataset.image_filenames[index] for index in kept]
+            elif candidates:
+                dataset.subsample(kept, inplace=True)
+    return list(problems.values())
+
+
+_Item = tuple[str, ...]  # an image and its masks
+
+
+def _items(dataset: Any) -> Iterator[_Item]:
+    from anomalib import TaskType  # noqa: PLC0415
+    from anomalib.data import AnomalibDataset, PredictDataset  # noqa: PLC0415
+    from anomalib.data.utils import LabelName  # noqa: PLC0415
+
+    if isinstance(dataset, PredictDataset):
+        yield from ((str(path),) for path in dataset.image_filenames)
+    elif isinstance(dataset, AnomalibDataset):
+        for sample in dataset.samples.itertuples():
+            masked = dataset.task == TaskType.SEGMENTATION and sample.label_index == LabelName.ABNORMAL
+            masks = sample.mask_path if masked else []
+            yield (sample.image_path, *([masks] if isinstance(masks, str) else masks))
+
+
+def _problems(items: Iterable[_Item], problem: Callable[[_Item], str]) -> dict[_Item, str]:
+    items = list(dict.fromkeys(items))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return {item: found for item, found in zip(items, pool.map(problem, items), strict=True) if found}
+
+
+def _error(problems: dict[_Item, str]) -> UnreadablePictureError:
+    shown = list(problems.values())[:_SHOWN]
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    return UnreadablePictureError("\n  ".join([f"{len(problems)} picture(s) cannot be used:", *shown, *more]))
+
+
+def _unreadable(item: _Item) -> str:
+    image, *masks = item
+    try:
+        open_rgb(image)
+        for mask in masks:
+            read_mask(mask)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _unusable(item: _Item) -> str:
+    if problem := _unreadable(item):
+        return problem
+    (width, height), *sizes = (Image.open(path).size for path in item)
+    for mask, (mask_width, mask_height) in zip(item[1:], sizes, strict=True):
+        if abs(mask_width * height - mask_height * width) > max(width, height):  # more than a pixel of the mask
+            return (
+                f"{mask} is a mask of {mask_width}x{mask_height} pixels for an image of {width}x{height}, {item[0]}. "
+                "It has to have the image's proportions."
+            )
+    return ""
