@@ -125,7 +125,7 @@ class DistillationModule(_Base):
         """
         super().on_train_start()
         loaders = CombinedLoader([self.trainer.train_dataloader, self.trainer.val_dataloaders]).flattened
-        test_data = getattr(self.trainer.datamodule, "test_data", None)
+        test_data = getattr(getattr(self.trainer, "datamodule", None), "test_data", None)
         check_pictures([*(loader.dataset for loader in loaders), test_data])
         self.training_steps = self.trainer.estimated_stepping_batches
 
