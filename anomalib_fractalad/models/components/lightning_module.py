@@ -126,7 +126,7 @@ class DistillationModule(_Base):
         super().on_train_start()
         loaders = CombinedLoader([self.trainer.train_dataloader, self.trainer.val_dataloaders]).flattened
         test_data = getattr(getattr(self.trainer, "datamodule", None), "test_data", None)
-        check_pictures([*(loader.dataset for loader in loaders), test_data])
+        check_pictures([*(loader.dataset for loader in loaders if loader is not None), test_data])
         self.training_steps = self.trainer.estimated_stepping_batches
 
     def on_predict_start(self) -> None:
