@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hours of training, prediction and export in one process: do memory and open files level off?
+
+Run as ``python -m anomalib_fractalad.benchmark.soak --minutes 60 --output results/soak``.
+"""
+
+import csv
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from anomalib.models import get_model
+from jsonargparse import auto_cli
+from lightning import seed_everything
+from matplotlib.figure import Figure
+
+from anomalib_fractalad.data import SurfaceDefects
+from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.plugin import MODELS
+
+COUNTS = ("open_files", "threads", "child_processes")
+COLUMNS = ("round", "minutes", "memory_mib", *COUNTS)
+MEMORY_GROWTH = 0.03
+COUNT_GROWTH = 1.0
+
+Row = dict[str, float]
+
+
+def soak(
+    minutes: float = 60.0,
+    output: Path = Path("results/soak"),
+    backbone: str = "resnet18",
+    image_size: int = 128,
+    num_workers: int = 2,
+    threads: int = 1,
+) -> bool:
+    """Train, test, predict and export the three models in turn until the time is up; then say whether resources grow.
+
+    A round is one epoch of each model on SurfaceDefects, test and prediction of its test images, export to torch, ONNX
+    and OpenVINO, and a prediction by each exported model. After each round, and a garbage collection, a row is
+    added to OUTPUT/soak.csv: resident memory of the process, open file descriptors, threads, and child processes.
+    OUTPUT/soak.png shows the rows.
+
+    The verdict rests on straight lines (least squares) through the later half of the rounds: level means that memory
+    rises by less than 3 % along its line, and that open files, threads and child processes each rise by less than one.
+
+    Args:
+        minutes: Minutes after which no other round begins; two rounds are always run.
+        output: Folder of the results, and of the data set.
+        backbone: The models' backbone, without pre-trained weights.
+        image_size: Height and width of the images in pixels, a multiple of 128.
+        num_workers: Worker processes of each data loader.
+        threads: CPU threads.
+
+    Returns:
+        Whether all is level.
+    """
+    torch.set_num_threads(threads)
+    os.environ["TRUST_REMOTE_CODE"] = "1"  # the torch exports are written and read here
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    datamodule = SurfaceDefects(output / "data", "metal_plate", num_workers=num_workers)
+    start, rows = time.monotonic(), list[Row]()
+    with (output / "soak.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        while len(rows) < 2 or time.monotonic() - start < 60 * minutes:
+            for name in MODELS:
+                seed_everything(len(rows))
+                with TemporaryDirectory() as folder, _working_in(folder):
+                    _use(name, backbone, image_size, datamodule, Path(folder))
+            rows.append({"round": len(rows) + 1, "minutes": (time.monotonic() - start) / 60, **resources()})
+            writer.writerow(rows[-1])
+            file.flush()
+            print("  ".join(f"{name} {value:.1f}" for name, value in rows[-1].items()))
+    _plot(rows, output / "soak.png")
+    return verdict(rows)
+
+
+@contextmanager
+def _working_in(folder: str) -> Iterator[None]:
+    """Go to a folder: OpenVINOInferencer keeps every model that it compiles below the current one."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _use(name: str, backbone: str, image_size: int, datamodule: SurfaceDefects, folder: Path) -> None:
+    """Take a model through its whole life."""
+    pre_processor = DistillationModule.configure_pre_processor((image_size, image_size))
+    model = get_model(name, backbone=backbone, pre_trained=False, pre_processor=pre_processor)
+    engine = Engine(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=folder,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    engine.fit(model, datamodule=datamodule)
+    engine.test(model, datamodule=datamodule, verbose=False)
+    image = Path(datamodule.test_data.samples.image_path[0])
+    engine.predict(model, data_path=image.parent)
+    torch_file, onnx_file, openvino_file = (
+        str(engine.export(model, kind, export_root=folder))
+        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
+    )
+    TorchInferencer(torch_file, device="cpu").predict(image)
+    for file in (onnx_file, openvino_file):
+        OpenVINOInferencer(file, "CPU").predict(image)
+
+
+def resources() -> Row:
+    """What this process holds, after a garbage collection: memory in MiB and the counts, as named in COLUMNS."""
+    gc.collect()
+    process = psutil.Process()
+    counts = (process.num_fds(), process.num_threads(), len(process.children(recursive=True)))
+    return {"memory_mib": process.memory_info().rss / 2**20, **dict(zip(COUNTS, counts, strict=True))}
+
+
+def verdict(rows: list[Row]) -> bool:
+    """Print how much each resource rises along a straight line through the later half of the rounds.
+
+    Args:
+        rows: One for each round, at least two.
+
+    Returns:
+        Whether memory rises by less than 3 % and each count by less than one.
+    """
+    later = rows[min(len(rows) // 2, len(rows) - 2) :]
+    print(
+        f"rounds {later[0]['round']:.0f} to {later[-1]['round']:.0f} of {len(rows)}, in {rows[-1]['minutes']:.0f} min"
+    )
+    levels = []
+    for name in ("memory_mib", *COUNTS):
+        values = np.array([row[name] for row in later])
+        rise = np.polyfit(np.arange(len(later)), values, 1)[0] * (len(later) - 1)
+        limit = MEMORY_GROWTH * values.mean() if name == "memory_mib" else COUNT_GROWTH
+        levels.append(bool(rise < limit))
+        state = "level" if levels[-1] else "GROWS"
+        print(f"{name:16} mean {values.mean():8.1f}  rise {rise:+8.2f}  limit {limit:6.1f}  {state}")
+    return all(levels)
+
+
+def _plot(rows: list[Row], path: Path) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    memory, counts = figure.subplots(2, sharex=True)
+    minutes = [row["minutes"] for row in rows]
+    memory.plot(minutes, [row["memory_mib"] for row in rows], marker=".")
+    memory.set_ylabel("resident memory (MiB)")
+    for name in COUNTS:
+        counts.plot(minutes, [row[name] for row in rows], marker=".", label=name.replace("_", " "))
+    counts.set_xlabel("minutes")
+    counts.legend()
+    for axes in (memory, counts):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    auto_cli(soak, as_positional=False)
