@@ -36,7 +36,7 @@ def benchmark(
 
     Args:
         models: Models to compare, each with class_path (FractalAD, Patchcore, ...), init_args, epochs or steps (unless
-            the model sets its training length itself), and if wanted name and train_batch_size.
+            the model sets its training length itself), and if wanted name, train_batch_size and precision.
         data: Data to compare them on, each with class_path (SurfaceDefects, MVTecAD, Folder, ...), init_args and if
             wanted name.
         seeds: Seeds of the random numbers; the report gives mean and standard deviation over them.
@@ -84,7 +84,7 @@ def _is_missing(job: Job, output: Path, retry: bool) -> bool:
 def main() -> None:
     """Run the command; a mistake in the configuration is told in one line."""
     try:
-        auto_cli(benchmark, as_positional=False)
+        auto_cli(benchmark, as_positional=False, prog="python -m anomalib_fractalad.benchmark")
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
 TEXTURE_ARGUMENTS = ("dtd_dir", "anomaly_source_path")
@@ -28,6 +28,7 @@ class ModelEntry(TypedDict, total=False):
         epochs: Training length in epochs.
         steps: Training length in optimiser steps, in place of epochs.
         train_batch_size: Images in a training batch, in place of the data's own.
+        precision: Precision of training, such as ``bf16-mixed``, in place of Lightning's ``32-true``.
     """
 
     class_path: str
@@ -36,6 +37,7 @@ class ModelEntry(TypedDict, total=False):
     epochs: int
     steps: int
     train_batch_size: int
+    precision: str
 
 
 class DataEntry(TypedDict, total=False):
@@ -176,6 +178,7 @@ def import_class(class_path: str) -> Any:
 def _model(entry: ModelEntry, place: str) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
     import anomalib.models  # noqa: PLC0415
     from anomalib.models.components import AnomalibModule  # noqa: PLC0415
+    from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR  # noqa: PLC0415
 
     model_class, spec = _resolve(AnomalibModule, anomalib.models, entry, place)
     place = f"{place} ({model_class.__name__})"
@@ -183,6 +186,10 @@ def _model(entry: ModelEntry, place: str) -> tuple[str, dict[str, Any], dict[str
     budget["train_batch_size"] = entry.get("train_batch_size")
     for name, value in budget.items():
         _check_positive(f"{place}: ", name, value)
+    precision = entry.get("precision")
+    if precision not in {None, *get_args(_PRECISION_INPUT_STR)}:
+        msg = f"{place}: precision is {precision!r}; Lightning has {', '.join(get_args(_PRECISION_INPUT_STR))}"
+        raise ValueError(msg)
     given = [name for name in ("epochs", "steps") if budget[name] is not None]
     if len(given) > 1:
         msg = f"{place} has epochs {budget['epochs']} and steps {budget['steps']}; give one of them"
@@ -196,7 +203,7 @@ def _model(entry: ModelEntry, place: str) -> tuple[str, dict[str, Any], dict[str
         raise ValueError(msg)
     arguments = entry.get("init_args", {})
     notes = _textures(arguments, spec["init_args"], place)
-    return entry.get("name", model_class.__name__), {"model": spec, **budget}, arguments, notes
+    return entry.get("name", model_class.__name__), {"model": spec, **budget, "precision": precision}, arguments, notes
 
 
 def _data(entry: DataEntry, place: str) -> tuple[str, dict[str, Any]]:

@@ -167,6 +167,7 @@ def fit(
         devices=1,
         default_root_dir=root,
         limit_val_batches=0,
+        precision=spec["precision"],
         enable_model_summary=False,
         enable_progress_bar=False,
         **length,
@@ -352,12 +353,12 @@ def speed(
         inferencer: Inferencer = TorchInferencer(file, device)
         result["device"] = device
     else:
-        inferencer = _openvino(file, runtime, spec["threads"])
+        inferencer = openvino_inferencer(file, runtime, spec["threads"])
         result["precision"] = inferencer.model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         scores = [_score(inferencer, path) for path in samples.image_path]
         result["image_AUROC"] = _auroc(list(samples.label_index), scores)
     images = [read_image(path, as_tensor=runtime == "torch") for path in islice(samples.image_path, BATCH_SIZE)]
-    seconds = _seconds(inferencer, islice(cycle(images), spec["repetitions"] + 1))
+    seconds = seconds_each(inferencer, islice(cycle(images), spec["repetitions"] + 1))
     batches: list[Any] = [np.stack([images[0]] * BATCH_SIZE)] * (spec["repetitions"] // BATCH_SIZE + 2)
     if runtime == "torch":
         batches = [torch.from_numpy(batch) for batch in batches]
@@ -365,7 +366,7 @@ def speed(
         **result,
         "latency_ms": 1e3 * statistics.median(seconds),
         "latency_90_ms": 1e3 * float(np.quantile(seconds, 0.9)),
-        "images_per_second": BATCH_SIZE / statistics.median(_seconds(inferencer, batches)),
+        "images_per_second": BATCH_SIZE / statistics.median(seconds_each(inferencer, batches)),
     }
 
 
@@ -395,7 +396,14 @@ def _score(inferencer: OpenVINOInferencer, path: str) -> float:
     return float(score.item())
 
 
-def _openvino(file: Path, runtime: str, threads: int | None) -> OpenVINOInferencer:
+def openvino_inferencer(file: Path, runtime: str, threads: int | None) -> OpenVINOInferencer:
+    """Load an OpenVINO model, to compute in FP32 if its runtime is named so.
+
+    Args:
+        file: The model's .xml file.
+        runtime: openvino_fp32, openvino_fp16 or openvino_int8.
+        threads: Number of CPU threads; left out, OpenVINO chooses.
+    """
     config: dict[str, Any] = dict(FLOAT32) if runtime == "openvino_fp32" else {}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
@@ -414,8 +422,13 @@ def _working_directory(folder: Path) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _seconds(inferencer: Inferencer, inputs: Any) -> list[float]:
-    """Time of each prediction but the first."""
+def seconds_each(inferencer: Inferencer, inputs: Any) -> list[float]:
+    """Time each prediction but the first.
+
+    Args:
+        inferencer: A loaded model.
+        inputs: Images, or batches of images.
+    """
     seconds = []
     for image in inputs:
         start = time.perf_counter()

@@ -521,7 +521,8 @@ def _checked_batch(image: Tensor) -> Tensor:
             "[0, 1]. Leave Normalize out of the pre-processor; the model normalises by itself."
         )
         raise ValueError(msg)
-    return image.as_subclass(Tensor).reshape(-1, *image.shape[-3:]).clamp(0, 1)
+    batch = image.as_subclass(Tensor).reshape(-1, *image.shape[-3:])
+    return batch if low >= 0 and high <= 1 else batch.clamp(0, 1)
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -34,6 +34,7 @@ def jobs(*models: Any, data: Any = (DATA,), seeds: Any = (0,), **settings: Any) 
             [{"class_path": "FractalAD", "init_args": {"epochs": 2}, "steps": 3}],
             "steps 3, but sets its",
         ),
+        ([{**PADIM, "precision": "half"}], r"\(Padim\): precision is 'half'; Lightning has .*bf16-mixed"),
         ([PADIM, PADIM], "models has Padim 2 times; give each a name of its own"),
         (
             [{"class_path": "Draem", "epochs": 1, "init_args": {"dtd_dir": "nowhere"}}],
@@ -79,7 +80,7 @@ def test_a_job_for_each_model_data_and_seed() -> None:
 def test_the_key_depends_on_all_but_names() -> None:
     (key,) = (job.key for job in jobs(PADIM))
     assert key == jobs({**PADIM, "name": "other"})[0].key
-    for changed in (jobs({**PADIM, "train_batch_size": 2}), jobs(PADIM, seeds=[1]), jobs(PADIM, repetitions=3)):
+    for changed in (jobs({**PADIM, "precision": "bf16-mixed"}), jobs(PADIM, seeds=[1]), jobs(PADIM, repetitions=3)):
         assert changed[0].key != key
 
 
@@ -92,10 +93,11 @@ def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     assert given.notes == (f"texture images of dtd_dir: {tmp_path}",)
 
 
-def test_the_config_file_is_valid() -> None:
-    config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+@pytest.mark.parametrize(("file", "count"), [("benchmark.yaml", 24), ("benchmark_mobilenet.yaml", 63)])
+def test_the_config_files_are_valid(file: str, count: int) -> None:
+    config = yaml.safe_load((CONFIGS / file).read_text())
     found = make_jobs(config["models"], config["data"], config["seeds"], Settings())
-    assert len(found) == 24
+    assert len(found) == count
 
 
 def test_the_help_tells_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +107,7 @@ def test_the_help_tells_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = " ".join(capsys.readouterr().out.split())
     assert "Models to compare, each with class_path" in printed
     assert "--time_limit" in printed
+    assert "usage: python -m anomalib_fractalad.benchmark " in printed
 
 
 def test_a_mistake_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -300,3 +302,26 @@ def test_each_stage_has_a_schedule_from_its_own_start() -> None:
     second = torch.tensor([plan.lr_factor(Stage.DISTILLATION, step) for step in range(220)])
     torch.testing.assert_close(first, torch.tensor([1.0] * 80 + [0.2] * 10 + [0.04] * 10))
     torch.testing.assert_close(second, torch.tensor([1.0] * 196 + [0.2] * 12 + [0.04] * 12))
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (16,), (8, 16, 32)])
+def test_stages_of_other_strides(strides: tuple[int, ...]) -> None:
+    model = AANDModel("test_resnet", pre_trained=False, strides=strides).eval()
+    images = torch.rand(2, 3, 100, 140)
+    features = model.advanced_teacher(images)
+    decoded = model.student(features)
+    sizes = [(math.ceil(100 / stride), math.ceil(140 / stride)) for stride in strides]
+    assert [stage.shape[-2:] for stage in features] == [stage.shape[-2:] for stage in decoded] == sizes
+    expected = model.smooth(distance_map(features, decoded, (100, 140)))
+    torch.testing.assert_close(model(images).anomaly_map, expected)
+
+
+def test_other_strides_than_the_published_take_the_small_student() -> None:
+    assert isinstance(AANDModel("resnet18", pre_trained=False).student, ResNetStudent)
+    assert isinstance(AANDModel("resnet18", pre_trained=False, strides=(8, 16)).student, SmallStudent)
+
+
+@pytest.mark.parametrize("strides", [(), (4, 16), (16, 8)])
+def test_strides_that_do_not_double(strides: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"strides is .*; each must be twice the one before, such as \(4, 8, 16\)"):
+        AANDModel("test_resnet", pre_trained=False, strides=strides)

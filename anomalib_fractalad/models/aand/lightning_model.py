@@ -35,6 +35,7 @@ from anomalib_fractalad.transforms.foreground import object_mask
 from .amplification import ResidualAnomalyAmplification
 from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistillationLoss
 from .stages import Stage, StagePlan
+from .student import PUBLISHED_STRIDES
 from .torch_model import AANDModel
 
 ANOMALY_PROBABILITY = 0.8
@@ -49,7 +50,7 @@ class AAND(DistillationModule, AnomalibModule):
     """AAND, trained in two stages: amplify the teacher's anomalies, then distil its normal features.
 
     Args:
-        backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16, for the teacher.
+        backbone: Name of a timm CNN with feature levels at the strides, for the teacher.
         pre_trained: Load ImageNet weights into the teacher.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
             ImageNet weights: no network is needed.
@@ -64,6 +65,8 @@ class AAND(DistillationModule, AnomalibModule):
             single objects on a plain background.
         score: Image score from the anomaly map: max (published), mean, or top, the mean of the highest pixels.
         top_share: Share of the pixels, above 0 and at most 1, that the score top takes.
+        strides: Strides of the stages whose features are compared, each twice the one before: coarse ones see more
+            context and cost less, fine ones see smaller defects. 4, 8 and 16 are the published ones.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
@@ -99,6 +102,7 @@ class AAND(DistillationModule, AnomalibModule):
         object_mode: bool = False,
         score: Reduction = "max",
         top_share: float = 0.005,
+        strides: Sequence[int] = PUBLISHED_STRIDES,
         learning_rate: float = 0.005,
         epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -123,7 +127,7 @@ class AAND(DistillationModule, AnomalibModule):
         self.split = split
         self.generator = generator
         self.object_mode = object_mode
-        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights)
+        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights, strides)
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()

@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import Conv2dNormActivation
 
+PUBLISHED_STRIDES = (4, 8, 16)
 
-def reverse_student(backbone: str, channels: Sequence[int]) -> nn.Module:
+
+def reverse_student(backbone: str, channels: Sequence[int], strides: Sequence[int] = PUBLISHED_STRIDES) -> nn.Module:
     """Choose the student for a teacher: anomalib's for the ResNets that it has one for, and else a small one.
 
     Args:
         backbone: Name of the teacher's timm model.
-        channels: Channels of the teacher's stages at strides 4, 8 and 16.
+        channels: Channels of the teacher's stages.
+        strides: Strides of the teacher's stages; anomalib's student takes the published ones only.
 
     Returns:
         A module that takes the features of all stages and gives as many of the same shapes.
     """
     architecture = backbone.partition(".")[0]
+    if tuple(strides) != PUBLISHED_STRIDES:
+        return SmallStudent(channels)
     try:
         decoder = get_decoder(architecture)
     except ValueError:

@@ -2,6 +2,7 @@
 """The network of AAND: a frozen teacher with amplified anomalies, and a student that knows normal features."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,9 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_fractalad.models.components import FrozenTeacher, ImageScore, Reduction, cosine_distance
 
 from .amplification import ResidualAnomalyAmplification
-from .student import reverse_student
+from .student import PUBLISHED_STRIDES, reverse_student
 
-STRIDES = (4, 8, 16)
 SIGMA = 4
 
 
@@ -25,15 +25,16 @@ class AANDModel(nn.Module):
     AAND (arXiv 2405.02068). The training steps are in :class:`AAND`.
 
     Args:
-        backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
+        backbone: Name of a timm CNN with feature levels at the strides.
         pre_trained: Load ImageNet weights into the teacher.
         amplification: Amplify anomalies; otherwise this is plain reverse distillation.
         score: Image score from the anomaly map: ``max`` (published), ``mean`` or ``top`` (mean of the highest pixels).
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
+        strides: Strides of the stages that are compared, each twice the one before; 4, 8 and 16 are the published ones.
 
     Raises:
-        ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
+        ValueError: If the backbone lacks a level, or ``strides``, ``score`` or ``top_share`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -45,13 +46,15 @@ class AANDModel(nn.Module):
         score: Reduction = "max",
         top_share: float = 0.005,
         weights: str | Path | None = None,
+        strides: Sequence[int] = PUBLISHED_STRIDES,
     ) -> None:
         super().__init__()
+        _check_strides(strides)
         self.score = ImageScore(score, top_share)
-        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
+        self.teacher = FrozenTeacher(backbone, strides, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
         self.amplifiers = nn.ModuleList(map(ResidualAnomalyAmplification, channels if amplification else []))
-        self.student = reverse_student(backbone, channels)
+        self.student = reverse_student(backbone, channels, strides)
         self.smooth = GaussianSmoothing(SIGMA)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -61,7 +64,7 @@ class AANDModel(nn.Module):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 6].
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x stages].
         """
         teacher = self.advanced_teacher(images)
         anomaly_map = self.smooth(distance_map(teacher, self.student(teacher), images.shape[-2:]))
@@ -129,3 +132,9 @@ def _mirror(image: Tensor, width: int, dim: int) -> Tensor:
     before = image.narrow(dim, 0, width).flip(dim)
     after = image.flip(dim).narrow(dim, 0, width)
     return torch.cat([before, image, after], dim=dim)
+
+
+def _check_strides(strides: Sequence[int]) -> None:
+    if not strides or any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+        msg = f"strides is {tuple(strides)}; each must be twice the one before, such as (4, 8, 16) or (8, 16)"
+        raise ValueError(msg)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latency of one image, end to end, beside DRAEM and PatchCore, runtimes interleaved in one run.
+
+Run as ``python -m anomalib_fractalad.benchmark.inference_speed``.
+"""
+
+import logging
+import os
+import statistics
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import torch
+from anomalib.deploy import ExportType, TorchInferencer
+from anomalib.engine import Engine
+from anomalib.models import get_model
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from jsonargparse import auto_cli
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
+
+from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
+
+OURS = ("FractalAD", "ADPS", "AAND")
+RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
+MEMORY_ITEMS = 10_000
+
+
+def inference_speed(
+    backbone: str = "resnet18",
+    image_size: int = 256,
+    repetitions: int = 15,
+    threads: int = 1,
+    models: tuple[str, ...] = OURS,
+    runtimes: tuple[str, ...] = RUNTIMES,
+    others: tuple[str, ...] = ("Draem", "Patchcore"),
+) -> dict[str, float]:
+    """Print the median latency of one image in memory, with pre- and post-processing, and ratios to the first model's.
+
+    Weights are random: they do not change the time. PatchCore has a WideResNet-50 and 10,000 memory items. Of the
+    runtimes, openvino_fp32 computes in FP32, openvino_fp16 in what OpenVINO chooses: bfloat16 where the processor can.
+
+    Args:
+        backbone: Name of a timm model, for the package's models.
+        image_size: Height and width of the images, and of what the networks see, in pixels.
+        repetitions: Number of timed predictions by each, after one that is not timed.
+        threads: Number of CPU threads, for torch and OpenVINO.
+        models: Models of the package to time in every runtime.
+        runtimes: Runtimes for the package's models, torch among them.
+        others: Models of anomalib to time in torch.
+
+    Returns:
+        Median seconds by model and runtime.
+    """
+    warnings.filterwarnings("ignore")
+    logging.getLogger("anomalib").setLevel(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    os.environ["TRUST_REMOTE_CODE"] = "1"  # the files are written below
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    wanted = [(name, runtime) for name in models for runtime in runtimes] + [(name, "torch") for name in others]
+    image = torch.rand(3, image_size, image_size)
+    pictures: dict[str, Any] = {"torch": image, "openvino": image.permute(1, 2, 0).numpy()}
+    with TemporaryDirectory() as temporary:
+        inferencers = {}
+        for name, runtime in wanted:
+            folder = Path(temporary) / name
+            inferencers[name, runtime] = _export(
+                _set_thresholds(_make(name, backbone, image_size)), runtime, folder, image, threads
+            )
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in wanted}
+        for _ in range(repetitions):
+            for key, inferencer in inferencers.items():
+                picture = pictures[key[1].partition("_")[0]]
+                seconds[key] += seconds_each(inferencer, [picture, picture])
+    medians = {key: statistics.median(times) for key, times in seconds.items()}
+    print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s)")
+    for (name, runtime), median in medians.items():
+        print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms", end="")
+        if name in models:
+            print(f"{median / medians[name, 'torch']:8.2f} x torch", end="")
+            if runtime == "openvino_int8" and (name, "openvino_fp32") in medians:
+                print(f"{median / medians[name, 'openvino_fp32']:8.2f} x FP32", end="")
+            for other in others if runtime != "torch" else ():
+                print(f"   {other} takes {medians[other, 'torch'] / median:.1f} x as long", end="")
+        print()
+    return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
+
+
+def _make(name: str, backbone: str, image_size: int) -> AnomalibModule:
+    resize = PreProcessor(transform=Resize((image_size, image_size), antialias=True))
+    arguments: dict[str, Any] = {"evaluator": False, "visualizer": False, "pre_processor": resize}
+    if name in OURS:
+        return get_model(name, backbone=backbone, pre_trained=False, **arguments)
+    if name == "Patchcore":
+        model = get_model(name, backbone="wide_resnet50_2", pre_trained=False, **arguments).eval()
+        network: Any = model.model
+        features = network.feature_extractor(torch.rand(1, 3, 64, 64))
+        network.memory_bank = torch.rand(MEMORY_ITEMS, sum(layer.shape[1] for layer in features.values()))
+        return model
+    if name == "Draem":
+        arguments["dtd_dir"] = Path(__file__).parent  # a folder without images, in place of a download
+    return get_model(name, **arguments)
+
+
+def _set_thresholds(model: AnomalibModule) -> AnomalibModule:
+    """Give the post-processor of an untrained model the range [0, 1], and 0.5 as threshold."""
+    for name, value in cast("PostProcessor", model.post_processor).named_buffers():
+        value.fill_({"max": 1.0, "min": 0.0}.get(name[-3:], 0.5))
+    return model.eval()
+
+
+def _export(model: AnomalibModule, runtime: str, folder: Path, image: Tensor, threads: int) -> Inferencer:
+    file = Engine(default_root_dir=folder, accelerator="cpu").export(
+        model,
+        ExportType.TORCH if runtime == "torch" else ExportType.OPENVINO,
+        export_root=folder,
+        model_file_name=runtime,
+        compression_type=COMPRESSION.get(runtime),
+        datamodule=_Pictures(image),  # type: ignore[arg-type]
+    )
+    return (
+        TorchInferencer(str(file), "cpu")
+        if runtime == "torch"
+        else openvino_inferencer(Path(str(file)), runtime, threads)
+    )
+
+
+class _Pictures(LightningDataModule):
+    """Pictures to calibrate INT8 with; which ones does not change the time."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self.image = image
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            cast("Any", [self.image] * 8), batch_size=1, collate_fn=lambda items: {"image": np.stack(items)}
+        )
+
+
+if __name__ == "__main__":
+    auto_cli(inference_speed, as_positional=False)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed benchmarks measure what they say; how fast it is, is not tested."""
+
+import pytest
+
+from anomalib_fractalad.benchmark.generator_speed import generator_speed
+from anomalib_fractalad.benchmark.inference_speed import inference_speed
+from anomalib_fractalad.benchmark.training_speed import _keep_gradients, _make, training_speed
+
+
+def test_generator_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    generator_speed(batch_size=2, image_size=64, repetitions=1)
+    printed = capsys.readouterr().out
+    assert "2 images of 64 x 64 on cpu, 1 CPU thread(s)" in printed
+    assert len(printed.splitlines()) == 6
+
+
+def test_training_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    results = training_speed("test_resnet", batch_size=2, image_size=128, steps=1, memory=False)
+    ours = results["FractalAD"]
+    unavoidable = (
+        2 * ours["teacher_s"]
+        + ours["student with gradient_s"]
+        + ours["student without gradient_s"]
+        + ours["head, forward and backward_s"]
+    )
+    assert ours["step / unavoidable parts"] == pytest.approx(ours["step_s"] / unavoidable)
+    assert results["AAND"].keys() == {
+        "step of stage 1_s",
+        "step of stage 2_s",
+        "anomalies in a step of stage 1_s",
+        "anomalies' share of a step of stage 1",
+    }
+    for name in ("FractalAD", "ADPS"):
+        assert 0 < results[name]["anomalies in a step_s"] < results[name]["step_s"]
+    assert "test_resnet, batches of 2 images of 128 x 128" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_memory_comparison_keeps_gradients_everywhere(keep: bool) -> None:
+    model, images = _make("FractalAD", "test_resnet", 2, 64, "cpu")
+    if keep:
+        _keep_gradients(model)
+    model.model.segment(images).sum().backward()
+    for part in (model.model.teacher, model.model.student):
+        assert all((parameter.grad is not None) == keep for parameter in part.parameters())
+
+
+def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anomalib_fractalad.benchmark.inference_speed.MEMORY_ITEMS", 100)
+    arguments = {"models": ("FractalAD",), "runtimes": ("torch", "openvino_fp32"), "others": ("Patchcore",)}
+    seconds = inference_speed("test_resnet", image_size=64, repetitions=1, **arguments)
+    assert set(seconds) == {"FractalAD torch", "FractalAD openvino_fp32", "Patchcore torch"}
+    ratio = seconds["Patchcore torch"] / seconds["FractalAD openvino_fp32"]
+    assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
