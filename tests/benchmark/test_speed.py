@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The speed benchmarks measure what they say; how fast it is, is not tested."""
 
+from pathlib import Path
+
 import pytest
 
 from anomalib_fractalad.benchmark.generator_speed import generator_speed
 from anomalib_fractalad.benchmark.inference_speed import inference_speed
+from anomalib_fractalad.benchmark.loading_speed import loading_speed
 from anomalib_fractalad.benchmark.training_speed import _keep_gradients, _make, training_speed
 
 
@@ -53,3 +56,14 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert set(seconds) == {"FractalAD torch", "FractalAD openvino_fp32", "Patchcore torch"}
     ratio = seconds["Patchcore torch"] / seconds["FractalAD openvino_fp32"]
     assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
+
+
+def test_loading_speed(tile_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = loading_speed(
+        tile_root / "train/good", "test_resnet", batch_size=2, image_size=64, workers=(0,), epochs=1, steps=1
+    )
+    assert rates.keys() == {"0 workers", "cache, 0 workers", "training"}
+    ratio = rates["0 workers"] / rates["training"]
+    printed = capsys.readouterr().out
+    assert "8 images of 64 x 64 in batches of 2" in printed
+    assert f"{ratio:.1f} x training" in printed
