@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import Folder, ImageBatch
+from anomalib.data import ImageBatch, PredictDataset
 from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 
@@ -55,12 +55,12 @@ def loading_speed(
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     if images is None:
-        data: Any = SurfaceDefects(train_batch_size=batch_size)
+        data = SurfaceDefects()
+        data.prepare_data()
+        data.setup()
+        dataset: Any = data.train_data
     else:
-        data = Folder(name=images.name, normal_dir=images.absolute(), train_batch_size=batch_size)
-    data.prepare_data()
-    data.setup()
-    dataset = data.train_data
+        dataset = PredictDataset(images)
     items = [dataset[i] for i in range(len(dataset))]
     rates = {}
     for count in workers:

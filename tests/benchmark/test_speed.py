@@ -65,5 +65,5 @@ def test_loading_speed(tile_root: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rates.keys() == {"0 workers", "cache, 0 workers", "training"}
     ratio = rates["0 workers"] / rates["training"]
     printed = capsys.readouterr().out
-    assert "8 images of 64 x 64 in batches of 2" in printed
+    assert "8 images, the first of 64 x 64, in batches of 2" in printed
     assert f"{ratio:.1f} x training" in printed
