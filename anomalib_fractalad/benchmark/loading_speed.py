@@ -74,9 +74,8 @@ def loading_speed(
     rates["cache, 0 workers"] = _images_per_second(cached, len(dataset), epochs)
     step = training_speed(backbone, batch_size, image_size, steps, device, threads, models=("FractalAD",), memory=False)
     rates["training"] = batch_size / step["FractalAD"]["step_s"]
-    print(
-        f"{len(dataset)} images of {items[0].image.shape[-2]} x {items[0].image.shape[-1]} in batches of {batch_size}"
-    )
+    height, width = items[0].image.shape[-2:]
+    print(f"{len(dataset)} images, the first of {height} x {width}, in batches of {batch_size}")
     for name, rate in rates.items():
         print(f"{name:18} {rate:9.1f} images/s", end="")
         print(f" {rate / rates['training']:7.1f} x training" if name != "training" else "")
