@@ -131,6 +131,19 @@ def test_a_second_call_does_nothing(output: Path, tile_root: Path, capsys: pytes
     assert "3 jobs, 3 of them" in capsys.readouterr().out
 
 
+def test_data_without_masks(tile_root: Path, tmp_path: Path) -> None:
+    data = folder(tile_root)
+    data["init_args"]["mask_dir"] = None
+    arguments = {"accelerator": "cpu", "image_size": (64, 64), "threads": 1, "repetitions": 1, "runtimes": ["torch"]}
+    report = benchmark([PADIM], [data], output=tmp_path, **arguments).read_text()  # type: ignore[arg-type, list-item]
+    (result,) = pd.read_csv(tmp_path / "results.csv").to_dict("records")
+    assert result["status"] == "done"
+    assert 0 <= result["image_AUROC"] <= 1
+    assert "| model | image AUROC | image AP | image F1-max |\n" in report
+    assert "pixel AP" not in report
+    assert (tmp_path / "heat_maps_tiles.png").exists()
+
+
 def test_running_out_of_time(tile_root: Path, tmp_path: Path) -> None:
     run(tmp_path, [EFFICIENTAD, PADIM], tile_root, time_limit=0.01)
     results = pd.read_csv(tmp_path / "results.csv")
