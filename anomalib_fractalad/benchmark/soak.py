@@ -139,9 +139,7 @@ def verdict(rows: list[Row]) -> bool:
         Whether memory rises by less than 3 % and each count by less than one.
     """
     later = rows[min(len(rows) // 2, len(rows) - 2) :]
-    print(
-        f"rounds {later[0]['round']:.0f} to {later[-1]['round']:.0f} of {len(rows)}, in {rows[-1]['minutes']:.0f} min"
-    )
+    print(f"{len(rows)} rounds in {rows[-1]['minutes']:.0f} min; the last {len(later)}:")
     levels = []
     for name in ("memory_mib", *COUNTS):
         values = np.array([row[name] for row in later])
