@@ -4,10 +4,11 @@
 python examples/openvino_folder.py --model results/weights/openvino/model.xml --images path/to/images
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
-from anomalib.data.utils import get_image_filenames
+from anomalib.data.utils import get_image_filenames, read_image
 from anomalib.deploy import OpenVINOInferencer
 from anomalib.visualization.image.functional import overlay_images, visualize_anomaly_map
 from jsonargparse import auto_cli
@@ -15,7 +16,7 @@ from PIL import Image
 
 
 def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device: str = "CPU") -> None:
-    """Print the score and label of every image and write its heat map.
+    """Print the score and label of every image and write its heat map; files that cannot be read are named and skipped.
 
     Args:
         model: The exported model (.xml).
@@ -27,11 +28,16 @@ def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device:
     inferencer = OpenVINOInferencer(model, device, config={"INFERENCE_PRECISION_HINT": "f32"})
     images = images.resolve()
     for path in get_image_filenames(images):
-        prediction = inferencer.predict(path)
+        try:
+            pixels = read_image(path)
+        except OSError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        prediction = inferencer.predict(pixels)
         score, anomalous = prediction.pred_score.item(), prediction.pred_label.item()
         print(f"{score:.3f}  {'anomalous' if anomalous else 'normal   '}  {path}")
 
-        picture = Image.open(path).convert("RGB")
+        picture = Image.fromarray((255 * pixels).round().astype(np.uint8))
         heat_map = visualize_anomaly_map(np.squeeze(prediction.anomaly_map)).resize(picture.size)
         file = output / path.relative_to(images if images.is_dir() else images.parent).with_suffix(".png")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ODD_FOLDER, make_odd_pictures
 from PIL import Image
 
 from anomalib_fractalad import SurfaceDefects
@@ -82,6 +83,23 @@ def test_openvino_folder(
     heat_maps = sorted((tmp_path / "heat_maps").glob("*.png"))
     assert len(heat_maps) == count
     assert Image.open(heat_maps[0]).size == (256, 256)
+
+
+def test_openvino_folder_skips_what_cannot_be_read(
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good, bad = make_odd_pictures(tmp_path / ODD_FOLDER)
+    load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=tmp_path / ODD_FOLDER)
+    printed = capsys.readouterr()
+    assert [line.partition("  ")[2].split("  ")[-1].strip() for line in printed.out.splitlines()] == [
+        str(path) for path in sorted(good)
+    ]
+    assert all(f"skipped: {path}" in printed.err for path in bad)
+    assert {path.stem for path in (tmp_path / "heat_maps").iterdir()} == {path.stem for path in good}
 
 
 def test_heat_map_sheet(results: Path, data_root: Path, tmp_path: Path) -> None:

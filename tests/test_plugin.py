@@ -24,6 +24,14 @@ for name in ("FractalAD", "fractalad"):
     assert type(get_model(name, **arguments)) is FractalAD
 for path in ("FractalAD", "anomalib.models.FractalAD"):
     assert type(get_model({"class_path": path, "init_args": arguments})) is FractalAD
+import sys, anomalib.deploy, anomalib.data.utils.synthetic, anomalib.visualization.image.item_visualizer as visualizer
+from anomalib_fractalad import pictures
+for key, module in list(sys.modules.items()):
+    for name in ("read_image", "read_mask"):
+        if key.startswith("anomalib.") and name in vars(module):
+            assert vars(module)[name] is getattr(pictures, name), (key, name)
+assert visualizer.Image.open is pictures.open_rgb
+assert anomalib.data.utils.path.contains_non_printable_characters is pictures.has_control_characters
 print("registered")
 """
 
@@ -43,12 +51,14 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     [
         "anomalib.models",
         "anomalib.data",
+        "anomalib.data.utils.image",
         "anomalib.engine",
         "torch",
         "lightning",
         "anomalib_fractalad",
         "anomalib_fractalad.models.fractalad.lightning_model",
         "anomalib_fractalad.data.surface_defects",
+        "anomalib_fractalad.pictures",
     ],
 )
 def test_every_import_order(first: str) -> None:
@@ -65,7 +75,8 @@ def test_import_of_torch_stays_cheap() -> None:
     result = run("""
         import sys
         import torch
-        heavy = {"anomalib", "lightning", "timm", "kornia", "wrapt", "anomalib_fractalad.models"} & sys.modules.keys()
+        ours = {"anomalib_fractalad.models", "anomalib_fractalad.pictures"}
+        heavy = ({"anomalib", "lightning", "timm", "kornia", "wrapt"} | ours) & sys.modules.keys()
         assert not heavy, heavy
         assert "anomalib_fractalad.plugin" in sys.modules
         print("cheap")
