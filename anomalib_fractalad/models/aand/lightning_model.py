@@ -179,7 +179,7 @@ class AAND(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        images = cast("Tensor", batch.image)
+        images = self.training_images(batch)
         parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distil(images)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
 from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_fractalad.models.components import FrozenTeacher, ImageScore, Reduction, cosine_distance
+from anomalib_fractalad.models.components import (
+    FrozenTeacher,
+    ImageScore,
+    Reduction,
+    cosine_distance,
+    predict_by_tiles,
+)
 
 from .amplification import ResidualAnomalyAmplification
 from .student import PUBLISHED_STRIDES, reverse_student
@@ -33,10 +40,15 @@ class AANDModel(nn.Module):
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
         strides: Strides of the stages that are compared, each twice the one before; 4, 8 and 16 are the published ones.
 
+    Attributes:
+        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+
     Raises:
         ValueError: If the backbone lacks a level, or ``strides``, ``score`` or ``top_share`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
+
+    tiler: Tiler | None = None
 
     def __init__(
         self,
@@ -66,9 +78,20 @@ class AANDModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x stages].
         """
-        teacher = self.advanced_teacher(images)
-        anomaly_map = self.smooth(distance_map(teacher, self.student(teacher), images.shape[-2:]))
+        anomaly_map = self.smooth(predict_by_tiles(self.predict_map, images, self.tiler))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def predict_map(self, images: Tensor) -> Tensor:
+        """Predict anomaly maps of images as a whole, not yet smoothed.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            (B, 1, H, W), values in [0, 2 x stages].
+        """
+        teacher = self.advanced_teacher(images)
+        return distance_map(teacher, self.student(teacher), images.shape[-2:])
 
     def advanced_teacher(self, images: Tensor) -> list[Tensor]:
         """Extract features and amplify them where they look anomalous.

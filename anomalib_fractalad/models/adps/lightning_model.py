@@ -133,7 +133,7 @@ class ADPS(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        anomalous, mask = self.generator(batch.image)  # type: ignore[arg-type]
+        anomalous, mask = self.generator(self.training_images(batch))
         teacher, distances = self.model.compare(anomalous)
         distillation = self.distillation_loss(distances, mask)
         segmentation = self.segmentation_loss(self.model.segment(teacher, distances), mask)

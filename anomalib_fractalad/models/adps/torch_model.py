@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
 from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
@@ -19,6 +20,7 @@ from anomalib_fractalad.models.components import (
     at_least_float32,
     check_positive,
     cosine_distance,
+    predict_by_tiles,
 )
 
 LAYERS = (4, 8, 16)  # the strides of a ResNet's first three stages
@@ -38,10 +40,15 @@ class ADPSModel(nn.Module):
         smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
+    Attributes:
+        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+
     Raises:
         ValueError: If the backbone lacks a stage, or an argument is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
+
+    tiler: Tiler | None = None
 
     def __init__(
         self,
@@ -70,9 +77,20 @@ class ADPSModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
-        logits = self.segment(*self.compare(images))
-        anomaly_map = at_least_float32(logits).softmax(dim=1)[:, 1:]
+        anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
+
+    def predict_map(self, images: Tensor) -> Tensor:
+        """Predict anomaly maps of images as a whole.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            (B, 1, H, W), values in [0, 1].
+        """
+        logits = self.segment(*self.compare(images))
+        return at_least_float32(logits).softmax(dim=1)[:, 1:]
 
     def compare(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Compare the teacher's features of the image with the student's of its patches.

@@ -6,6 +6,7 @@ from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
 from .lightning_module import DistillationModule, check_positive
 from .score import ImageScore, Reduction
+from .tiling import predict_by_tiles
 
 __all__ = [
     "AnomalyGenerator",
@@ -18,4 +19,5 @@ __all__ = [
     "at_least_float32",
     "check_positive",
     "cosine_distance",
+    "predict_by_tiles",
 ]

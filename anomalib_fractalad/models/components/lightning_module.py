@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.data.utils.tiler import Tiler
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -24,6 +25,8 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
 from anomalib_fractalad.transforms.resize import keep_antialiasing
+
+from .tiling import make_tiler, tiler_settings
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
 if TYPE_CHECKING:
@@ -56,6 +59,10 @@ class DistillationModule(_Base):
     def _keep_antialiasing_in_export(self) -> None:
         if isinstance(self.pre_processor, PreProcessor):
             self.pre_processor.export_transform = keep_antialiasing(self.pre_processor.transform)
+
+    @property
+    def _tiler(self) -> Tiler | None:
+        return cast("Tiler | None", self.model.tiler)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -107,6 +114,7 @@ class DistillationModule(_Base):
                 "and the network normalises by itself. Leave Normalize out of the pre-processor's transform."
             )
             raise ValueError(msg)
+        self.train()  # an export or a prediction leaves evaluation mode behind, and Lightning goes on in it
         # Lightning takes the teacher's evaluation mode for an oversight.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         rank = self.global_rank
@@ -145,7 +153,7 @@ class DistillationModule(_Base):
             loop.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the states of torch's random number generators, of every process, beside the weights."""
+        """Save the states of torch's random number generators, of every process, and the tiler beside the weights."""
         super().on_save_checkpoint(checkpoint)
         state = _random_state()
         states = [state]
@@ -153,12 +161,16 @@ class DistillationModule(_Base):
             states *= dist.get_world_size()
             dist.all_gather_object(states, state)
         checkpoint["random_states"] = states
+        if self._tiler is not None:
+            checkpoint["tiler"] = tiler_settings(self._tiler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random number generators' states for a resumed training."""
+        """Remember the random number generators' states for a resumed training, and the tiler if none is given."""
         super().on_load_checkpoint(checkpoint)
         self._keep_antialiasing_in_export()
         self._random_states = checkpoint.get("random_states", [])
+        if self._tiler is None and "tiler" in checkpoint:
+            self.model.tiler = make_tiler(**checkpoint["tiler"])  # type: ignore[assignment]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -172,6 +184,18 @@ class DistillationModule(_Base):
         if "weights" not in kwargs:
             kwargs = {"pre_trained": False, "weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def training_images(self, batch: ImageBatch) -> Tensor:
+        """The images of a batch, or with a tiler random tiles of them.
+
+        Args:
+            batch: Images (B, 3, H, W).
+
+        Returns:
+            (B, 3, H, W), or (4B, 3, h, w) with a tiler.
+        """
+        images = cast("Tensor", batch.image)
+        return images if self._tiler is None else self._tiler.tile(images, use_random_tiling=True)
 
     def log_losses(self, loss: Tensor, parts: Mapping[str, Tensor], batch: ImageBatch) -> Tensor:
         """Log the loss of a step and its parts.

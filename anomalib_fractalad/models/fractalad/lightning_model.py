@@ -6,7 +6,7 @@ Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -16,7 +16,6 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -122,7 +121,7 @@ class FractalAD(DistillationModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        normal, anomalous, mask = self.generator.augment(cast("Tensor", batch.image))
+        normal, anomalous, mask = self.generator.augment(self.training_images(batch))
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import Conv2dNormActivation
 
-from anomalib_fractalad.models.components import Backbone, FrozenTeacher, ImageScore, Reduction, cosine_distance
+from anomalib_fractalad.models.components import (
+    Backbone,
+    FrozenTeacher,
+    ImageScore,
+    Reduction,
+    cosine_distance,
+    predict_by_tiles,
+)
 
 STRIDES = (4, 8, 16, 32)
 
@@ -31,10 +39,15 @@ class FractalADModel(nn.Module):
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
+    Attributes:
+        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
+
+    tiler: Tiler | None = None
 
     def __init__(
         self,
@@ -60,8 +73,19 @@ class FractalADModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
-        anomaly_map = self.segment(images).sigmoid()
+        anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def predict_map(self, images: Tensor) -> Tensor:
+        """Predict anomaly maps of images as a whole.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            (B, 1, H, W), values in [0, 1].
+        """
+        return self.segment(images).sigmoid()
 
     def segment(self, images: Tensor) -> Tensor:
         """Segment anomalies; gradients reach the head alone.
