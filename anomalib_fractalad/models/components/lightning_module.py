@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils.tiler import Tiler
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -26,6 +28,7 @@ from torchvision.transforms.v2 import Normalize, Resize
 from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
 from anomalib_fractalad.transforms.resize import keep_antialiasing
 
+from .checkpoint_io import AtomicCheckpointIO, check_checkpoint
 from .tiling import make_tiler, tiler_settings
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
@@ -51,6 +54,10 @@ class DistillationModule(_Base):
     epochs: int | None
     training_steps: float = math.inf
     _random_states: Sequence[dict[str, Any]] = ()
+    _batches_done = 0
+    _validation_is_due = False
+    _epoch_state: Mapping[str, Any] = MappingProxyType({})
+    _shuffled = False
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
@@ -102,6 +109,13 @@ class DistillationModule(_Base):
             ],
         )
 
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written as a whole or not at all, and damaged ones refused."""
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
+
     def on_fit_start(self) -> None:
         """Refuse normalised images, and go on with the random numbers of the checkpoint that training resumes from.
 
@@ -114,17 +128,23 @@ class DistillationModule(_Base):
                 "and the network normalises by itself. Leave Normalize out of the pre-processor's transform."
             )
             raise ValueError(msg)
+        # Lightning does not know that on_train_start takes the epoch's data up where the checkpoint left them.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         self.train()  # an export or a prediction leaves evaluation mode behind, and Lightning goes on in it
         # Lightning takes the teacher's evaluation mode for an oversight.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-        rank = self.global_rank
-        if self.trainer.ckpt_path is not None and rank < len(self._random_states):
-            _set_random_state(self._random_states[rank])
-        elif rank > 0:  # the anomalies of each process are its own
-            torch.manual_seed(torch.initial_seed() + (rank << 32))
+        if resumed := self._resumed_state():
+            _set_random_state(resumed["epoch"] if self._batches_done else resumed)
+            if self._validation_is_due and self.trainer.enable_validation:
+                # Lightning shuffles first now, and then validates, for whose loader a number would have been drawn.
+                torch.empty((), dtype=torch.int64).random_()
+        elif self.global_rank > 0:  # the anomalies of each process are its own
+            torch.manual_seed(torch.initial_seed() + (self.global_rank << 32))
+        # What Lightning does next is to shuffle the data.
+        self._epoch_state, self._shuffled = _random_state(), True
 
     def on_train_start(self) -> None:
-        """Refuse pictures that cannot be read, and learn how many steps training takes.
+        """Refuse pictures that cannot be read, learn how many steps training takes, and resume within an epoch.
 
         To ask for the steps before would shuffle the data before a checkpoint is restored.
 
@@ -136,6 +156,41 @@ class DistillationModule(_Base):
         test_data = getattr(getattr(self.trainer, "datamodule", None), "test_data", None)
         check_pictures([*(loader.dataset for loader in loaders if loader is not None), test_data])
         self.training_steps = self.trainer.estimated_stepping_batches
+        if self._batches_done and (resumed := self._resumed_state()):
+            # Lightning counts the batches that the epoch has had, but does not pass over them.
+            for _ in range(self._batches_done):
+                next(self.trainer.fit_loop._combined_loader)  # type: ignore[arg-type]  # noqa: SLF001
+            _set_random_state(resumed)
+        self._start_state = _random_state()
+
+    def on_validation_end(self) -> None:
+        """Where training resumes with a validation, let it go on as if the data had been shuffled afterwards."""
+        super().on_validation_end()
+        if self._shuffled:
+            _set_random_state(self._start_state)
+
+    def on_train_epoch_start(self) -> None:
+        """Note the random state that the data of the epoch are shuffled from."""
+        super().on_train_epoch_start()
+        if not self._shuffled:
+            self._epoch_state = _random_state()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note that from now on, data are shuffled where an epoch starts."""
+        super().on_train_batch_end(*args, **kwargs)
+        self._shuffled = False
+
+    def on_train_epoch_end(self) -> None:
+        """Where an epoch is resumed after its last batch, let the next one shuffle as if nothing had happened."""
+        super().on_train_epoch_end()
+        if self._shuffled and (resumed := self._resumed_state()):
+            _set_random_state(resumed)
+            self._shuffled = False
+
+    def _resumed_state(self) -> dict[str, Any] | None:
+        """This process's random state in the checkpoint that training resumes from, if it does."""
+        rank = self.global_rank
+        return self._random_states[rank] if self.trainer.ckpt_path and rank < len(self._random_states) else None
 
     def on_predict_start(self) -> None:
         """Leave out pictures that cannot be read, and say which, so that the others are predicted.
@@ -155,7 +210,7 @@ class DistillationModule(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the states of torch's random number generators, of every process, and the tiler beside the weights."""
         super().on_save_checkpoint(checkpoint)
-        state = _random_state()
+        state = {**_random_state(), "epoch": dict(self._epoch_state)}
         states = [state]
         if dist.is_available() and dist.is_initialized():
             states *= dist.get_world_size()
@@ -169,6 +224,11 @@ class DistillationModule(_Base):
         super().on_load_checkpoint(checkpoint)
         self._keep_antialiasing_in_export()
         self._random_states = checkpoint.get("random_states", [])
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if progress is not None:
+            current, is_last = progress["current"], progress["is_last_batch"]
+            self._batches_done = 0 if is_last else current["ready"]
+            self._validation_is_due = is_last and current["completed"] < current["ready"]
         if self._tiler is None and "tiler" in checkpoint:
             self.model.tiler = make_tiler(**checkpoint["tiler"])  # type: ignore[assignment]
 
@@ -180,7 +240,11 @@ class DistillationModule(_Base):
             checkpoint_path: A Lightning checkpoint.
             *args: As for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
             **kwargs: Likewise; also arguments of the model to override.
+
+        Raises:
+            ValueError: If the file is damaged.
         """
+        check_checkpoint(checkpoint_path)
         if "weights" not in kwargs:
             kwargs = {"pre_trained": False, "weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training that is killed, and checkpoints that are damaged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder
+from conftest import small_engine
+from killed_training import POINTS, WORKERS
+from test_all_models import small_model
+
+from anomalib_fractalad import FractalAD
+from anomalib_fractalad.plugin import MODELS
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed_training.py"), tile_root, folder],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "models")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_killed_and_resumed_training_ends_with_the_same_weights(
+    results: Path, name: str, workers: int, point: str
+) -> None:
+    unbroken = torch.load(results / name / "unbroken" / "weights.pt")
+    resumed = torch.load(results / name / str(workers) / point / "weights.pt")
+    assert len(unbroken) > 10
+    for (key, ours), theirs in zip(unbroken.items(), resumed.values(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+@pytest.fixture(scope="module")
+def checkpoint(results: Path) -> bytes:
+    return (results / "FractalAD" / "unbroken" / "model.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "text"])
+def test_a_damaged_checkpoint_is_named(checkpoint: bytes, damage: str, tmp_path: Path, tiles: Folder) -> None:
+    middle = len(checkpoint) // 2
+    content = {
+        "cut off": checkpoint[:middle],
+        "empty": b"",
+        "changed": checkpoint[:middle] + bytes(64) + checkpoint[middle + 64 :],
+        "text": b"weights",
+    }[damage]
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    message = rf"the checkpoint {path} is damaged .* Go on from another one"
+    with pytest.raises(ValueError, match=message):
+        FractalAD.load_from_checkpoint(path)
+    for use in ("fit", "test"):
+        with pytest.raises(ValueError, match=message):
+            getattr(small_engine(tmp_path), use)(small_model("FractalAD"), datamodule=tiles, ckpt_path=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path,
+    tiles: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A temporary folder on another disk, where Lightning's own move is a copy, which is cut off."""
+
+    def cut_off(_source: str, target: str) -> None:
+        Path(target).write_bytes(b"half a file")
+        raise OSError(target)
+
+    kept = tmp_path / "model.ckpt"
+    kept.write_bytes(b"the last checkpoint")
+    monkeypatch.setattr("shutil.move", cut_off)
+    engine = small_engine(tmp_path / "run", max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, "model")])
+    monkeypatch.setattr(ModelCheckpoint, "file_exists", lambda *_: False)  # so that it takes the same name
+    with pytest.raises(OSError, match=r"model\.ckpt\.part"):
+        engine.fit(small_model("FractalAD"), datamodule=tiles)
+    assert kept.read_bytes() == b"the last checkpoint"
