@@ -285,6 +285,7 @@ def test_odd_pictures_have_one_score_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves its cache in the working folder
     root = tmp_path / ODD_FOLDER
     model, engine = model_of(name), small_engine(root, max_epochs=1)
     blots = {"abnormal_dir": tile_root / "test/blot", "mask_dir": tile_root / "ground_truth/blot"}
