@@ -7,6 +7,7 @@ Run as ``python -m anomalib_fractalad.benchmark.inference_speed``.
 import logging
 import os
 import statistics
+import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from jsonargparse import auto_cli
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
@@ -57,7 +59,8 @@ def inference_speed(
         others: Models of anomalib to time in torch.
 
     Returns:
-        Median seconds by model and runtime.
+        Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it, to
+        be compared with the rate of a large matrix product.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("anomalib").setLevel(logging.ERROR)
@@ -69,9 +72,11 @@ def inference_speed(
     image = torch.rand(3, image_size, image_size)
     pictures: dict[str, Any] = {"torch": image, "openvino": image.permute(1, 2, 0).numpy()}
     with TemporaryDirectory() as temporary:
-        inferencers = {}
+        inferencers, flops = {}, {}
         for name, runtime in wanted:
             folder = Path(temporary) / name
+            if name not in flops:
+                flops[name] = _gigaflops(_make(name, backbone, image_size), image)
             inferencers[name, runtime] = _export(
                 _set_thresholds(_make(name, backbone, image_size)), runtime, folder, image, threads
             )
@@ -82,8 +87,10 @@ def inference_speed(
                 seconds[key] += seconds_each(inferencer, [picture, picture])
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s)")
+    print(f"a large matrix product in FP32 reaches {_matrix_rate():.0f} GFLOP/s")
     for (name, runtime), median in medians.items():
-        print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms", end="")
+        rate = flops[name] / median
+        print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.1f} GFLOP {rate:7.0f} GFLOP/s", end="")
         if name in models:
             print(f"{median / medians[name, 'torch']:8.2f} x torch", end="")
             if runtime == "openvino_int8" and (name, "openvino_fp32") in medians:
@@ -131,6 +138,22 @@ def _export(model: AnomalibModule, runtime: str, folder: Path, image: Tensor, th
         if runtime == "torch"
         else openvino_inferencer(Path(str(file)), runtime, threads)
     )
+
+
+def _gigaflops(model: AnomalibModule, image: Tensor) -> float:
+    """Multiplications and additions of the convolutions and matrix products, in 10^9."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.model.eval()(image.unsqueeze(0))
+    return counter.get_total_flops() / 1e9
+
+
+def _matrix_rate(size: int = 1024, repetitions: int = 10) -> float:
+    matrix, seconds = torch.rand(size, size), []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 class _Pictures(LightningDataModule):
