@@ -10,6 +10,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves
 
 import anomalib_fractalad
 from anomalib_fractalad.models.components import FrozenTeacher
@@ -136,7 +137,14 @@ def test_models_take_weights_and_do_without_the_file_once_trained(
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     engine.fit(model, datamodule=tiles)
     saved = next(tmp_path.rglob("*.ckpt"))
-    assert torch.load(saved, weights_only=True)["hyper_parameters"]["weights"] == str(checkpoint)
+    contents = torch.load(saved, weights_only=True)
+    assert contents["hyper_parameters"]["weights"] == str(checkpoint)
+    tensors = [tensor for tensor in tree_leaves(contents) if isinstance(tensor, torch.Tensor)]
+    for weight in model.model.teacher.parameters():
+        if weight.ndim == 4:
+            same = [tensor for tensor in tensors if tensor.shape == weight.shape and torch.equal(tensor, weight)]
+            assert len(same) == 1
+    assert saved.stat().st_size < 1.1 * sum(tensor.nbytes for tensor in tensors)
     checkpoint.unlink()
     loaded = kind.load_from_checkpoint(saved)
     assert_taken_over(loaded.model.teacher, network)
