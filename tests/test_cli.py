@@ -10,6 +10,7 @@ import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.models import get_model
+from conftest import assert_same_weights
 from docstring_parser import parse
 
 import anomalib_fractalad
@@ -96,6 +97,19 @@ def test_a_seed_that_is_not_given_is_logged(
         program = cli("train", *arguments, run=False)
     assert "Seed set to 7" in caplog.text
     assert program.config["train"]["seed_everything"] == 7
+
+
+def test_a_training_is_resumed_within_an_epoch(tmp_path: Path, tile_root: Path) -> None:
+    arguments = (
+        *("fit", "--model", "FractalAD", *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path),
+        *("--trainer.max_epochs", 2, "--trainer.accelerator", "cpu"),
+    )
+    every_step = {"dirpath": tmp_path, "filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1}
+    callback = [argument for name, value in every_step.items() for argument in (f"--trainer.callbacks.{name}", value)]
+    unbroken = cli(*arguments, "--trainer.callbacks", "anomalib.callbacks.ModelCheckpoint", *callback)
+    resumed = cli(*arguments, "--ckpt_path", tmp_path / "step=1.ckpt", "--seed_everything", 5)
+    assert resumed.model.trainer.global_step == unbroken.model.trainer.global_step == 4
+    assert_same_weights(unbroken.model, resumed.model)
 
 
 def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,10 @@ from anomalib.data import Folder
 from conftest import small_engine
 
 import anomalib_fractalad
+from anomalib_fractalad.models.aand import loss as aand
+from anomalib_fractalad.models.adps import loss as adps
+from anomalib_fractalad.models.components import cosine_distance
+from anomalib_fractalad.models.fractalad import loss as fractalad
 from anomalib_fractalad.plugin import MODELS
 
 
@@ -46,3 +50,29 @@ def test_losses_of_mixed_precision_are_numbers(name: str, tiles: Folder, tmp_pat
     small_engine(tmp_path, max_epochs=2, precision="bf16-mixed").fit(model, datamodule=tiles)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model.trainer.callback_metrics["train_loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_losses_are_those_of_float32(dtype: torch.dtype) -> None:
+    maps = [300 * torch.randn(2, 16, 8, 8) for _ in range(2)]  # their squared norm overflows float16
+    logits, mask = 30 * torch.randn(2, 2, 8, 8), torch.rand(2, 1, 8, 8) > 0.5
+    inputs = [tensor.to(dtype) for tensor in (*maps, logits)]
+
+    def losses(teacher: torch.Tensor, student: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        positions = [features.movedim(1, -1).flatten(0, 2) for features in (teacher, student)]
+        distances = [cosine_distance(teacher, student)]
+        return {
+            **fractalad.SegmentationLoss()(logits[:, :1], mask),
+            "FractalAD distillation": fractalad.DistillationLoss()([teacher], [student]),
+            "ADPS distillation": adps.AsymmetricDistillationLoss()(distances, mask.float()),
+            "ADPS segmentation": adps.FocalLoss()(logits, mask),
+            "AAND plain": aand.PlainDistillationLoss()([teacher], [student]),
+            "AAND hard": aand.HardDistillationLoss()([teacher], [student]),
+            "AAND gate": aand.GateLoss()(logits[:, :1], mask),
+            "AAND amplification": aand.AmplificationLoss()(positions[0], positions[1], positions[1].roll(1, 0)),
+        }
+
+    expected = losses(*(tensor.float() for tensor in inputs))
+    with torch.autocast("cpu", dtype):
+        computed = losses(*inputs)
+    torch.testing.assert_close(computed, expected)
