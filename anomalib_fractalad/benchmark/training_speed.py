@@ -7,9 +7,7 @@ Run as ``python -m anomalib_fractalad.benchmark.training_speed``.
 import logging
 import math
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -25,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from anomalib_fractalad.benchmark.measure import peak_memory
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
 
@@ -240,14 +239,9 @@ def _peak_memory(
         before = torch.cuda.memory_allocated()
         _fit(model, images, WARM_UP, device, precision)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _peak_resident()
+    before = peak_memory() or math.nan
     _fit(model, images, WARM_UP, device, precision)
-    return (_peak_resident() - before) / 2**20
-
-
-def _peak_resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (peak_memory() or math.nan) - before
 
 
 def _keep_gradients(model: FractalAD) -> None:
