@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ class ModelEntry(TypedDict, total=False):
     """
 
     class_path: str
-    init_args: dict[str, Any]
+    init_args: dict[str, object]  # of Any, jsonargparse would build the classes inside
     name: str
     epochs: int
     steps: int
@@ -50,7 +51,7 @@ class DataEntry(TypedDict, total=False):
     """
 
     class_path: str
-    init_args: dict[str, Any]
+    init_args: dict[str, object]  # of Any, jsonargparse would build the classes inside
     name: str
 
 
@@ -237,8 +238,19 @@ def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, 
     except ArgumentError as error:
         msg = f"{place}: {error}"
         raise ValueError(msg) from None
-    spec = json.loads(parser.dump(config, format="json", skip_none=False))["entry"]
+    # jsonargparse's own dump makes text of a list where text is allowed, too.
+    spec = _as_plain_data(config.entry.as_dict())
     return import_class(spec["class_path"]), {"class_path": spec["class_path"], "init_args": spec.get("init_args", {})}
+
+
+def _as_plain_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain_data(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
 
 
 def _sets_own_length(model_class: Any, arguments: dict[str, Any]) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from anomalib.data import AnomalibDataModule
+from jsonargparse import ArgumentParser
 
 from anomalib_fractalad.benchmark.__main__ import benchmark, main
 from anomalib_fractalad.benchmark.config import Job, Settings, make_jobs
@@ -75,6 +77,31 @@ def test_a_job_for_each_model_data_and_seed() -> None:
     assert len({job.key for job in found}) == len(found) == 8
     assert str(found[0]) == "Padim on SurfaceDefects fabric, seed 3"
     assert str(found[-1]) == "other on SurfaceDefects metal_plate, seed 4"
+
+
+def test_lists_and_classes_among_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the program reads from a file comes out of a job's description as it went in."""
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [64, 64]}}
+    arguments = {"name": "tiles", "normal_dir": "good", "abnormal_dir": ["a", "b"], "augmentations": resize}
+    config = {"models": [PADIM], "data": [{"class_path": "Folder", "init_args": arguments}], "output": str(tmp_path)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    specs = []
+    monkeypatch.setattr("anomalib_fractalad.benchmark.__main__.run_in_process", lambda job, *_: specs.append(job.spec))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--config", str(tmp_path / "config.yaml")])
+    with pytest.raises(KeyError, match="status"):  # of a job that has not run
+        main()
+    (spec,) = specs
+    assert spec["data"]["init_args"]["abnormal_dir"] == ["a", "b"]
+    assert spec["data"]["init_args"]["augmentations"]["init_args"]["size"] == [64, 64]
+    data = _build_data(spec["data"])
+    assert data.abnormal_dir == ["a", "b"]
+    assert data.train_augmentations.size == [64, 64]
+
+
+def _build_data(spec: dict[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
+    return parser.instantiate_classes(parser.parse_object({"data": spec})).data
 
 
 def test_the_key_depends_on_all_but_names() -> None:
