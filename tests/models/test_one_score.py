@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One score everywhere: 200 pictures in every runtime, exported in a process of their own from a checkpoint."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image
+from anomalib.deploy import OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from conftest import FLOAT32, make_odd_pictures, save, small_engine
+from torchvision.transforms.v2 import Resize
+
+import anomalib_fractalad
+from anomalib_fractalad.plugin import MODELS
+
+COUNT = 200
+SIZES = [(64, 64), (48, 48), (100, 150), (41, 33), (8, 200), (300, 17), (96, 64), (3, 3), (128, 128), (250, 180)]
+TOLERANCE = {"TorchInferencer": 1e-3, "ONNX Runtime": 1e-3, "OpenVINO FP32": 1e-3, "OpenVINO FP16": 1e-2}
+THRESHOLD = 0.65  # of normalised scores; that of briefly trained models would call nearly all pictures anomalous
+DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95, "OpenVINO FP16": 0.85}
+
+# Every exporter in turn; the slow part of three of them, the same each time, is done once.
+EXPORT = """
+import sys
+import torch
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine import Engine
+import anomalib_fractalad
+
+FP16 = {"compression_type": CompressionType.FP16, "model_file_name": "fp16"}
+EXPORTS = [(ExportType.TORCH, {}), (ExportType.ONNX, {}), (ExportType.OPENVINO, FP16), (ExportType.OPENVINO, {})]
+export = torch.onnx.export
+
+
+def export_once(f, **arguments):
+    global program
+    if program is None:
+        program = export(f=f, **arguments)
+    else:
+        program.save(f, external_data=True)
+
+
+def state(model):
+    tensors = model.state_dict(keep_vars=True).values()
+    tensors = [(t.dtype, t.device, t.requires_grad, t.double().sum().nan_to_num()) for t in tensors]
+    return [*tensors, *(module.training for module in model.modules()), str(model)]
+
+
+torch.onnx.export = export_once
+for turn, (name, checkpoint, folder) in enumerate(zip(*[iter(sys.argv[1:])] * 3)):
+    program = None
+    model = getattr(anomalib_fractalad, name).load_from_checkpoint(checkpoint).eval()
+    before = state(model)
+    engine = Engine(accelerator="cpu", default_root_dir=folder)
+    for kind, options in EXPORTS[turn:] + EXPORTS[: turn + 1]:
+        engine.export(model, kind, export_root=folder, **options)
+        assert state(model) == before, (name, kind)
+"""
+
+
+class Trained(NamedTuple):
+    engine: Engine
+    model: Any
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 pictures: odd ones, and striped plates of many sizes without and with blots, from faint to black."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(1)
+    odd, unreadable = make_odd_pictures(root / "odd", large=True)
+    for file in unreadable:
+        file.unlink()
+    for i in range(COUNT - len(odd)):
+        height, width = SIZES[i % len(SIZES)]
+        picture = 120 + 40 * np.sin(np.arange(width) / 2 + random.uniform(0, 6)) + random.normal(0, 6, (height, width))
+        if i % 3:
+            rows, columns = (slice(side // 4, side // 4 + max(side // 4, 1)) for side in (height, width))
+            picture[rows, columns] -= random.uniform(0, 100)
+        save(picture, root / ("blot" if i % 3 else "good") / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Trained]:
+    """Models whose threshold and normalisation come from the pictures, so that scores lie on both sides of it."""
+    models = {}
+    for name in MODELS:
+        torch.manual_seed(0)
+        model = getattr(anomalib_fractalad, name)(
+            backbone="test_resnet",
+            pre_trained=False,
+            visualizer=False,
+            pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
+            post_processor=PostProcessor(image_sensitivity=1 - THRESHOLD),
+            **({"patches": 2, "learning_rate": 1e-3} if name == "ADPS" else {}),
+        )
+        data = Folder(
+            name="pictures",
+            root=pictures,
+            normal_dir="good",
+            normal_test_dir="good",
+            abnormal_dir="blot",
+            train_batch_size=8,
+            eval_batch_size=1,
+            num_workers=0,
+            val_split_mode="same_as_test",
+        )
+        engine = small_engine(tmp_path_factory.mktemp(name), max_epochs=4, check_val_every_n_epoch=4)
+        engine.fit(model, datamodule=data)
+        models[name] = Trained(engine, model, Path(engine.trainer.checkpoint_callback.best_model_path))
+    return models
+
+
+@pytest.fixture(scope="module")
+def exported(trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of files that another process has exported from the checkpoints."""
+    folders = {name: tmp_path_factory.mktemp("exported") for name in trained}
+    jobs = [str(part) for name in trained for part in (name, trained[name].checkpoint, folders[name])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", EXPORT, *jobs]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path_factory.mktemp("cwd"))
+    return folders
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_exported_once(name: str, trained: dict[str, Trained], exported: dict[str, Path]) -> None:
+    weights = sum(tensor.nbytes for tensor in trained[name].model.state_dict().values())
+    folder = exported[name] / "weights"
+    files = {"torch/model.pt": 1, "onnx/model.onnx.data": 1, "openvino/model.bin": 1, "openvino/fp16.bin": 0.5}
+    for file, share in files.items():
+        assert (folder / file).stat().st_size == pytest.approx(share * weights, rel=0.1), file
+
+
+def runtimes(folder: Path) -> dict[str, Callable[[Path], Any]]:
+    weights = folder / "weights"
+    session = onnxruntime.InferenceSession(weights / "onnx/model.onnx")
+    names = [output.name for output in session.get_outputs()]
+
+    def in_onnx_runtime(path: Path) -> SimpleNamespace:
+        image = read_image(path, as_tensor=True).unsqueeze(0).numpy()
+        return SimpleNamespace(**dict(zip(names, session.run(None, {"input": image}), strict=True)))
+
+    return {
+        "TorchInferencer": TorchInferencer(weights / "torch/model.pt", device="cpu").predict,
+        "ONNX Runtime": in_onnx_runtime,
+        "OpenVINO FP32": OpenVINOInferencer(weights / "openvino/model.xml", "CPU", FLOAT32).predict,
+        "OpenVINO FP16": OpenVINOInferencer(weights / "openvino/fp16.xml", "CPU", FLOAT32).predict,
+    }
+
+
+def collect(predictions: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    results = [(torch.as_tensor(p.pred_score).item(), torch.as_tensor(p.pred_label).item()) for p in predictions]
+    scores, labels = zip(*results, strict=True)
+    return torch.tensor(scores), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_score_the_same_everywhere(
+    name: str,
+    trained: dict[str, Trained],
+    exported: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    predictions = trained[name].engine.predict(trained[name].model, data_path=pictures)
+    files = [Path(prediction.image_path[0]) for prediction in predictions]
+    assert len(files) == COUNT
+    scores, labels = collect(predictions)
+    assert ((scores > 0) & (scores < 1)).float().mean() > 0.5  # at 0 and 1, differences are lost
+    assert 0.1 < labels.float().mean() < 0.9
+    for runtime, predict in runtimes(exported[name]).items():
+        scores_there, labels_there = collect(map(predict, files))
+        torch.testing.assert_close(scores_there, scores, atol=TOLERANCE[runtime], rtol=0, msg=runtime)
+        # Nearer to the threshold than scores agree, either label is right.
+        decided = (scores - THRESHOLD).abs() > TOLERANCE[runtime]
+        assert decided.float().mean() > DECIDED[runtime], runtime
+        assert torch.equal(labels_there[decided], labels[decided]), runtime
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_goes_on_in_training_mode_after_an_export(name: str, tiles: Folder, tmp_path: Path) -> None:
+    extra = {"patches": 2} if name == "ADPS" else {}
+    model = getattr(anomalib_fractalad, name)(backbone="test_resnet", pre_trained=False, visualizer=False, **extra)
+    model.eval()  # as an export to ONNX leaves it
+    means = {key: mean.clone() for key, mean in model.model.named_buffers() if key.endswith("running_mean")}
+    small_engine(tmp_path, max_epochs=2).fit(model, datamodule=tiles)
+    moved = {key.partition(".")[0] for key, mean in means.items() if not torch.equal(model.model.get_buffer(key), mean)}
+    assert "student" in moved
+    assert "teacher" not in moved
