@@ -30,7 +30,7 @@ def predict_by_tiles(predict: Callable[[Tensor], Tensor], images: Tensor, tiler:
     tiler = copy.copy(tiler)  # it remembers what it tiles, which would become part of an export
     tiles = tiler.tile(images)
     # An exported graph would hold the network once for each tile.
-    batches = [tiles] if torch.compiler.is_compiling() else tiles.split(len(images))
+    batches = [tiles] if torch.compiler.is_compiling() else torch.split(tiles, len(images))
     return tiler.untile(torch.cat([predict(batch) for batch in batches]))
 
 
