@@ -144,7 +144,7 @@ def _gigaflops(model: AnomalibModule, image: Tensor) -> float:
     """Multiplications and additions of the convolutions and matrix products, in 10^9."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.model.eval()(image.unsqueeze(0))
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9
 
 
 def _matrix_rate(size: int = 1024, repetitions: int = 10) -> float:

@@ -192,8 +192,9 @@ def peak_memory() -> float | None:
     """Largest resident set of this process so far in MiB, without its data loaders' workers; none on Windows."""
     if sys.platform == "win32":
         return None
-    if sys.platform == "linux":  # where getrusage counts in the process that started this one
-        (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, getrusage counts in the process that started this one
+        (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) / 1024
     import resource  # noqa: PLC0415
 

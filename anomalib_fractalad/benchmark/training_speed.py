@@ -236,9 +236,9 @@ def _peak_memory(
     if keep:
         _keep_gradients(model)
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         _fit(model, images, WARM_UP, device, precision)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     before = peak_memory() or math.nan
     _fit(model, images, WARM_UP, device, precision)
     return (peak_memory() or math.nan) - before
