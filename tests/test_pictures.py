@@ -14,13 +14,9 @@ import pytest
 import torch
 from anomalib.data import Folder, PredictDataset
 from anomalib.data.utils import get_image_filenames, read_image, read_mask
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from conftest import (
-    FLOAT32,
     ODD_FOLDER,
     SIZE,
-    assert_same_prediction,
-    in_onnx_runtime,
     make_odd_pictures,
     save,
     small_engine,
@@ -271,21 +267,18 @@ def test_empty_folders_are_named(tmp_path: Path) -> None:
         small_engine(tmp_path).predict(model_of("FractalAD"), data_path=folder)
 
 
-# Prediction and exported models
+# Prediction; what exported models make of these pictures is in models/test_one_score.py
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_odd_pictures_have_one_score_everywhere(
+def test_odd_pictures_are_predicted_and_unreadable_ones_left_out(
     name: str,
     odd: Odd,
     good: Path,
     tile_root: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves its cache in the working folder
     root = tmp_path / ODD_FOLDER
     model, engine = model_of(name), small_engine(root, max_epochs=1)
     blots = {"abnormal_dir": tile_root / "test/blot", "mask_dir": tile_root / "ground_truth/blot"}
@@ -295,17 +288,7 @@ def test_odd_pictures_have_one_score_everywhere(
     assert list(predictions) == sorted(odd[0])
     assert f"{len(odd[1])} picture(s) left out of the prediction" in caplog.text
     assert all(str(path) in caplog.text for path in odd[1])
-
-    torch_file, onnx_file, openvino_file = (
-        engine.export(model, kind, export_root=root)
-        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
-    )
-    torch_model, openvino_model = TorchInferencer(torch_file, "cpu"), OpenVINOInferencer(openvino_file, "CPU", FLOAT32)
-    for path, prediction in predictions.items():
-        assert prediction.anomaly_map.isfinite().all(), path
-        assert_same_prediction(torch_model.predict(path), prediction)
-        assert_same_prediction(openvino_model.predict(path), prediction)
-        assert_same_prediction(in_onnx_runtime(onnx_file, read_image(path, as_tensor=True)[None]), prediction)
+    assert all(prediction.anomaly_map.isfinite().all() for prediction in predictions.values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
