@@ -411,12 +411,17 @@ def openvino_inferencer(file: Path, runtime: str, threads: int | None) -> OpenVI
     config: dict[str, Any] = dict(FLOAT32) if runtime == "openvino_fp32" else {}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    with _working_directory(file.parent):  # the inferencer makes its cache there
+    with working_directory(file.parent):  # the inferencer makes its cache there
         return OpenVINOInferencer(file, "CPU", config)
 
 
 @contextlib.contextmanager
-def _working_directory(folder: Path) -> Iterator[None]:
+def working_directory(folder: Path) -> Iterator[None]:
+    """Go to a folder and back: OpenVINOInferencer keeps every model that it compiles below the current one.
+
+    Args:
+        folder: The folder.
+    """
     before = Path.cwd()
     os.chdir(folder)
     try:

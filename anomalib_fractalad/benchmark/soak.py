@@ -8,8 +8,6 @@ import csv
 import gc
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +21,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from matplotlib.figure import Figure
 
+from anomalib_fractalad.benchmark.measure import working_directory
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.models.components import DistillationModule
 from anomalib_fractalad.plugin import MODELS
@@ -76,7 +75,7 @@ def soak(
         while len(rows) < 2 or time.monotonic() - start < 60 * minutes:
             for name in MODELS:
                 seed_everything(len(rows))
-                with TemporaryDirectory() as folder, _working_in(folder):
+                with TemporaryDirectory() as folder, working_directory(Path(folder)):
                     _use(name, backbone, image_size, datamodule, Path(folder))
             rows.append({"round": len(rows) + 1, "minutes": (time.monotonic() - start) / 60, **resources()})
             writer.writerow(rows[-1])
@@ -84,17 +83,6 @@ def soak(
             print("  ".join(f"{name} {value:.1f}" for name, value in rows[-1].items()))
     _plot(rows, output / "soak.png")
     return verdict(rows)
-
-
-@contextmanager
-def _working_in(folder: str) -> Iterator[None]:
-    """Go to a folder: OpenVINOInferencer keeps every model that it compiles below the current one."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def _use(name: str, backbone: str, image_size: int, datamodule: SurfaceDefects, folder: Path) -> None:
