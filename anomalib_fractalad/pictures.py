@@ -210,13 +210,21 @@ def _unreadable(item: _Item) -> str:
 
 
 def _unusable(item: _Item) -> str:
-    if problem := _unreadable(item):
+    image, *masks = item
+    problem = _unreadable(item)
+    if problem or not masks:
         return problem
-    (width, height), *sizes = (Image.open(path).size for path in item)
-    for mask, (mask_width, mask_height) in zip(item[1:], sizes, strict=True):
+    width, height = _size(image)
+    for mask in masks:
+        mask_width, mask_height = _size(mask)
         if abs(mask_width * height - mask_height * width) > max(width, height):  # more than a pixel of the mask
             return (
-                f"{mask} is a mask of {mask_width}x{mask_height} pixels for an image of {width}x{height}, {item[0]}. "
+                f"{mask} is a mask of {mask_width}x{mask_height} pixels for an image of {width}x{height}, {image}. "
                 "It has to have the image's proportions."
             )
     return ""
+
+
+def _size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size

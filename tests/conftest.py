@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,19 +57,36 @@ def tiles(tile_root: Path) -> Folder:
     return make_tiles(tile_root)
 
 
+def tile_arguments(root: Path) -> dict[str, Any]:
+    """Arguments of anomalib's Folder for the tiles, as plain data."""
+    return {
+        "name": "tiles",
+        "root": str(root),
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/blot",
+        "mask_dir": "ground_truth/blot",
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+
+
 def make_tiles(root: Path, num_workers: int = 0) -> Folder:
-    return Folder(
-        name="tiles",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/blot",
-        mask_dir="ground_truth/blot",
-        train_batch_size=4,
-        eval_batch_size=4,
-        num_workers=num_workers,
-        val_split_mode="same_as_test",
+    return Folder(**{**tile_arguments(root), "num_workers": num_workers}, train_batch_size=4, eval_batch_size=4)
+
+
+def run_script(script: Path, *arguments: Path, timeout: float | None = None) -> None:
+    """Run a script of the tests in a process of its own, with the tests' modules at hand."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests / "models")]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def small_engine(root: Path, **arguments: Any) -> Engine:

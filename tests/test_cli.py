@@ -10,7 +10,7 @@ import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.models import get_model
-from conftest import assert_same_weights
+from conftest import assert_same_weights, tile_arguments
 from docstring_parser import parse
 
 import anomalib_fractalad
@@ -114,16 +114,7 @@ def test_a_training_is_resumed_within_an_epoch(tmp_path: Path, tile_root: Path) 
 
 def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = {
-        "name": "tiles",
-        "root": str(tile_root),
-        "normal_dir": "train/good",
-        "normal_test_dir": "test/good",
-        "abnormal_dir": "test/blot",
-        "mask_dir": "ground_truth/blot",
-        "num_workers": 0,
-        "val_split_mode": "same_as_test",
-    }
+    folder = tile_arguments(tile_root)
     arguments = {"backbone": "test_resnet", "pre_trained": False, "epochs": 1}
     models = [{"class_path": name, "init_args": arguments} for name in (*MODELS, "anomalib_fractalad.FractalAD")]
     models.append({"class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}})

@@ -172,6 +172,12 @@ def test_paths_may_hold_letters_of_any_script_but_no_control_characters(odd: Odd
 # Training
 
 
+def save_black_pictures(root: Path, count: int) -> None:
+    for folder in ("good", "defect", "mask"):
+        for i in range(count):
+            save(np.zeros((8, 16)), root / folder / f"{i}.png")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_training_names_all_unreadable_pictures_before_it_begins(name: str, odd: Odd, tmp_path: Path) -> None:
     model = model_of(name)
@@ -183,10 +189,7 @@ def test_training_names_all_unreadable_pictures_before_it_begins(name: str, odd:
 
 
 def test_training_checks_test_images_and_masks(tmp_path: Path) -> None:
-    for i in range(2):
-        save(np.zeros((8, 16)), tmp_path / f"good/{i}.png")
-        save(np.zeros((8, 16)), tmp_path / f"defect/{i}.png")
-        save(np.zeros((8, 16)), tmp_path / f"mask/{i}.png")
+    save_black_pictures(tmp_path, 2)
     (tmp_path / "defect/0.png").write_bytes(b"")
     (tmp_path / "mask/1.png").write_bytes(b"text")
     data = folder_of(
@@ -304,10 +307,7 @@ def test_batches_of_a_loader_close_ranks(workers: int, tmp_path: Path) -> None:
 
 
 def test_prediction_of_a_data_module_leaves_out_images_and_masks_that_cannot_be_read(tmp_path: Path) -> None:
-    for i in range(4):
-        save(np.zeros((8, 16)), tmp_path / f"good/{i}.png")
-        save(np.zeros((8, 16)), tmp_path / f"defect/{i}.png")
-        save(np.zeros((8, 16)), tmp_path / f"mask/{i}.png")
+    save_black_pictures(tmp_path, 4)
     (tmp_path / "defect/0.png").write_bytes(b"")
     (tmp_path / "mask/2.png").write_bytes(b"")
     data = folder_of(tmp_path / "good", abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of training and inference by image size, on Linux.
+"""Peak memory of training and inference by image size.
 
 Run as ``python -m anomalib_fractalad.benchmark.image_size``.
 """
 
 import multiprocessing
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,14 +20,16 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+from anomalib_fractalad.benchmark.measure import peak_memory
 from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.plugin import MODELS
 
 TILE = 256
 
 
 def image_size(
     sizes: tuple[int, ...] = (256, 512, 1024, 2048),
-    models: tuple[str, ...] = ("FractalAD", "ADPS", "AAND"),
+    models: tuple[str, ...] = tuple(MODELS),
     tasks: tuple[str, ...] = ("train 1", "train 4", "train 1 tiles", "torch", "torch tiles", "openvino"),
     backbone: str = "resnet18",
 ) -> None:
@@ -111,10 +112,11 @@ def _predict_with_openvino(name: str, task: str, size: int, backbone: str, folde
 
 
 def _peak() -> float:
-    if match := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-        return int(match[1]) * 1024 / 1e9
-    msg = f"peak memory cannot be told on {sys.platform}"
-    raise NotImplementedError(msg)
+    peak = peak_memory()
+    if peak is None:
+        msg = f"peak memory cannot be told on {sys.platform}"
+        raise NotImplementedError(msg)
+    return peak * 2**20 / 1e9
 
 
 if __name__ == "__main__":

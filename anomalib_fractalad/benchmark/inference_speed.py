@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
+from anomalib_fractalad.plugin import MODELS
 
-OURS = ("FractalAD", "ADPS", "AAND")
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
 MEMORY_ITEMS = 10_000
 
@@ -40,11 +40,11 @@ def inference_speed(
     image_size: int = 256,
     repetitions: int = 15,
     threads: int = 1,
-    models: tuple[str, ...] = OURS,
+    models: tuple[str, ...] = tuple(MODELS),
     runtimes: tuple[str, ...] = RUNTIMES,
     others: tuple[str, ...] = ("Draem", "Patchcore"),
 ) -> dict[str, float]:
-    """Print the median latency of one image in memory, with pre- and post-processing, and ratios to the first model's.
+    """Print the median latency of one image in memory, with pre- and post-processing, and ratios.
 
     Weights are random: they do not change the time. PatchCore has a WideResNet-50 and 10,000 memory items. Of the
     runtimes, openvino_fp32 computes in FP32, openvino_fp16 in what OpenVINO chooses: bfloat16 where the processor can.
@@ -68,19 +68,17 @@ def inference_speed(
     os.environ["TRUST_REMOTE_CODE"] = "1"  # the files are written below
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    wanted = [(name, runtime) for name in models for runtime in runtimes] + [(name, "torch") for name in others]
+    wanted = {**dict.fromkeys(models, runtimes), **dict.fromkeys(others, ("torch",))}
     image = torch.rand(3, image_size, image_size)
     pictures: dict[str, Any] = {"torch": image, "openvino": image.permute(1, 2, 0).numpy()}
     with TemporaryDirectory() as temporary:
         inferencers, flops = {}, {}
-        for name, runtime in wanted:
-            folder = Path(temporary) / name
-            if name not in flops:
-                flops[name] = _gigaflops(_make(name, backbone, image_size), image)
-            inferencers[name, runtime] = _export(
-                _set_thresholds(_make(name, backbone, image_size)), runtime, folder, image, threads
-            )
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in wanted}
+        for name, where in wanted.items():
+            model = _set_thresholds(_make(name, backbone, image_size))
+            flops[name] = _gigaflops(model, image)
+            for runtime in where:
+                inferencers[name, runtime] = _export(model, runtime, Path(temporary) / name, image, threads)
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in inferencers}
         for _ in range(repetitions):
             for key, inferencer in inferencers.items():
                 picture = pictures[key[1].partition("_")[0]]
@@ -104,7 +102,7 @@ def inference_speed(
 def _make(name: str, backbone: str, image_size: int) -> AnomalibModule:
     resize = PreProcessor(transform=Resize((image_size, image_size), antialias=True))
     arguments: dict[str, Any] = {"evaluator": False, "visualizer": False, "pre_processor": resize}
-    if name in OURS:
+    if name in MODELS:
         return get_model(name, backbone=backbone, pre_trained=False, **arguments)
     if name == "Patchcore":
         model = get_model(name, backbone="wide_resnet50_2", pre_trained=False, **arguments).eval()
@@ -142,8 +140,8 @@ def _export(model: AnomalibModule, runtime: str, folder: Path, image: Tensor, th
 
 def _gigaflops(model: AnomalibModule, image: Tensor) -> float:
     """Multiplications and additions of the convolutions and matrix products, in 10^9."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.model.eval()(image.unsqueeze(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model(image.unsqueeze(0))
     return float(counter.get_total_flops()) / 1e9
 
 

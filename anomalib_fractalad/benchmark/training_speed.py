@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from anomalib_fractalad.benchmark.measure import peak_memory
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
+from anomalib_fractalad.plugin import MODELS
 
-MODELS = ("FractalAD", "ADPS", "AAND")
 WARM_UP = 2
 SEED = 0
 
@@ -40,7 +40,7 @@ def training_speed(
     device: str = "cpu",
     threads: int = 1,
     precision: str = "32-true",
-    models: tuple[str, ...] = MODELS,
+    models: tuple[str, ...] = tuple(MODELS),
     memory: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Print the median time of a training step, of its anomalies and, of FractalAD, of its unavoidable parts.

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from conftest import tile_arguments
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -30,18 +31,7 @@ EFFICIENTAD = {"class_path": "EfficientAd", "steps": 2, "train_batch_size": 1}
 
 
 def folder(root: Path) -> dict[str, Any]:
-    arguments = {
-        "name": "tiles",
-        "root": str(root),
-        "normal_dir": "train/good",
-        "normal_test_dir": "test/good",
-        "abnormal_dir": "test/blot",
-        "mask_dir": "ground_truth/blot",
-        "train_batch_size": 4,
-        "eval_batch_size": 4,
-        "num_workers": 0,
-        "val_split_mode": "same_as_test",
-    }
+    arguments = {**tile_arguments(root), "train_batch_size": 4, "eval_batch_size": 4}
     return {"class_path": "Folder", "init_args": arguments}
 
 

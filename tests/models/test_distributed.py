@@ -2,35 +2,22 @@
 """Training in several processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from anomalib.engine import Engine
-from conftest import make_tiles
+from conftest import make_tiles, run_script
 from test_all_models import small_model
 
 from anomalib_fractalad.plugin import MODELS
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("distributed_training.py"), tile_root, folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "models")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("distributed_training.py"), tile_root, folder, timeout=300)
     return folder
 
 

@@ -14,7 +14,7 @@ from anomalib.data.utils.tiler import Tiler
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 from anomalib.pipelines.tiled_ensemble.components.utils import helper_functions
-from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles, small_engine
+from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles, small_engine, tile_arguments
 from jsonargparse import Namespace
 from torchvision.utils import save_image
 
@@ -129,17 +129,10 @@ def test_tiled_ensemble(
         "data": {
             "class_path": "anomalib.data.Folder",
             "init_args": {
-                "name": "tiles",
-                "root": str(tile_root),
-                "normal_dir": "train/good",
-                "normal_test_dir": "test/good",
-                "abnormal_dir": "test/blot",
-                "mask_dir": "ground_truth/blot",
+                **tile_arguments(tile_root),
                 "train_batch_size": tiles.train_batch_size,
                 "eval_batch_size": tiles.eval_batch_size,
-                "num_workers": 0,
                 "test_split_mode": "from_dir",
-                "val_split_mode": "same_as_test",
             },
         },
         "SeamSmoothing": {"apply": True, "sigma": 2, "width": 0.1},

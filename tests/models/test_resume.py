@@ -1,36 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that is killed, and checkpoints that are damaged."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from conftest import small_engine
+from conftest import run_script, small_engine
 from killed_training import POINTS, WORKERS
 from test_all_models import small_model
 
 from anomalib_fractalad import FractalAD
 from anomalib_fractalad.plugin import MODELS
 
-TESTS = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_training.py"), tile_root, folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "models")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("killed_training.py"), tile_root, folder)
     return folder
 
 
