@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
-from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -17,6 +16,7 @@ from anomalib_fractalad.models.components import (
     ImageScore,
     Reduction,
     cosine_distance,
+    gaussian_blur,
     predict_by_tiles,
 )
 
@@ -136,7 +136,7 @@ class GaussianSmoothing(nn.Module):
     def __init__(self, sigma: int) -> None:
         super().__init__()
         self.radius = 4 * sigma
-        self.blur = GaussianBlur2d(sigma=float(sigma), padding="valid")
+        self.blur = gaussian_blur(sigma, padding="valid")
 
     def forward(self, anomaly_map: Tensor) -> Tensor:
         """Smooth maps.

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
-from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
@@ -20,6 +19,7 @@ from anomalib_fractalad.models.components import (
     at_least_float32,
     check_positive,
     cosine_distance,
+    gaussian_blur,
     predict_by_tiles,
 )
 
@@ -65,7 +65,7 @@ class ADPSModel(nn.Module):
         self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
         self.student = PatchStudent(backbone, layers, patches, split_layers)
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
-        self.smooth = GaussianBlur2d(smoothing)
+        self.smooth = gaussian_blur(smoothing)
         self.score = ImageScore("max")
 
     def forward(self, images: Tensor) -> InferenceBatch:

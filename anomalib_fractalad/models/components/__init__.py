@@ -6,6 +6,7 @@ from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
 from .lightning_module import DistillationModule, check_positive
 from .score import ImageScore, Reduction
+from .smoothing import gaussian_blur
 from .tiling import predict_by_tiles
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "at_least_float32",
     "check_positive",
     "cosine_distance",
+    "gaussian_blur",
     "predict_by_tiles",
 ]
