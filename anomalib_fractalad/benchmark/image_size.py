@@ -103,7 +103,7 @@ def _export(name: str, task: str, size: int, backbone: str, folder: Path) -> flo
 
 def _predict_with_openvino(name: str, task: str, size: int, backbone: str, folder: Path) -> float:
     del name, task, backbone
-    from openvino import Core  # type: ignore[import-untyped]  # noqa: PLC0415  an extra
+    from openvino import Core  # noqa: PLC0415  an extra
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     network = Core().compile_model(folder / "weights/openvino/model.xml", "CPU", settings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from anomalib import LearningType
-from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils.tiler import Tiler
 from anomalib.engine.plugins import AnomalibCheckpointIO
@@ -29,10 +29,13 @@ from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
 from anomalib_fractalad.transforms.resize import keep_antialiasing
 
 from .checkpoint_io import AtomicCheckpointIO, check_checkpoint
+from .export import leave_nothing_behind, quantize_features
 from .tiling import make_tiler, tiler_settings
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
 if TYPE_CHECKING:
+    from openvino import Model
+
     _Base = AnomalibModule
 else:
     _Base = object
@@ -320,7 +323,16 @@ class DistillationModule(_Base):
             # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
             batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
             kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        with leave_nothing_behind():
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    @staticmethod
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
+        if datamodule is None:
+            msg = "INT8 needs images to calibrate with; give the export a datamodule"
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        return quantize_features(model, datamodule.val_dataloader())
 
 
 def _random_state() -> dict[str, Any]:
