@@ -15,6 +15,7 @@ from anomalib.engine import Engine
 from conftest import make_tiles
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from test_all_models import small_model
+from test_cli import SMALL, cli, data_arguments
 
 from anomalib_fractalad.plugin import MODELS
 
@@ -53,6 +54,16 @@ def main(data: Path, results: Path) -> None:
         (metrics,) = engine.test(model, datamodule=make_tiles(data))
         told = {"random": notes.random, "weights": notes.weights, "metrics": metrics}
         (results / f"{name}_{notes.rank}.json").write_text(json.dumps(told))
+        extra = ("--model.patches", "2") if name == "ADPS" else ()
+        program = cli(
+            *("train", "--model", name, *SMALL, *extra, *data_arguments(data)),
+            *("--default_root_dir", results / "program", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"),
+            *("--trainer.strategy", "ddp", "--trainer.devices", 2),
+        )
+        trainer = program.engine.trainer
+        metrics = {metric: value.item() for metric, value in trainer.callback_metrics.items()}
+        told = {"processes": trainer.world_size, "metrics": metrics}
+        (results / f"program_{name}_{trainer.global_rank}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import Folder
-from conftest import small_engine
+from conftest import assert_same_weights, make_tiles, small_engine
+from lightning import seed_everything
 
 import anomalib_fractalad
 from anomalib_fractalad.models.aand import loss as aand
@@ -20,7 +21,21 @@ from anomalib_fractalad.plugin import MODELS
 def small_model(name: str, **arguments: Any) -> Any:
     extra = {"patches": 2} if name == "ADPS" else {}
     kind = getattr(anomalib_fractalad, name)
-    return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **extra, **arguments)
+    size = {"pre_processor": kind.configure_pre_processor((64, 64))}
+    return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **{**extra, **size, **arguments})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_number_of_workers_does_not_change_the_result(name: str, tile_root: Path, tmp_path: Path) -> None:
+    def trained(workers: int) -> Any:
+        seed_everything(1)
+        model = small_model(name)
+        small_engine(tmp_path, max_epochs=2).fit(model, datamodule=make_tiles(tile_root, num_workers=workers))
+        return model
+
+    alone = trained(0)
+    for workers in (0, 1, 2):
+        assert_same_weights(alone, trained(workers))
 
 
 @pytest.mark.parametrize(

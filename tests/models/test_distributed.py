@@ -17,7 +17,7 @@ from anomalib_fractalad.plugin import MODELS
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    run_script(Path(__file__).with_name("distributed_training.py"), tile_root, folder, timeout=300)
+    run_script(Path(__file__).with_name("distributed_training.py"), tile_root, folder, timeout=600)
     return folder
 
 
@@ -37,9 +37,22 @@ def test_processes_come_to_the_same_weights_by_anomalies_of_their_own(results: P
 def test_metrics_are_those_of_one_process(results: Path, name: str, tile_root: Path, tmp_path: Path) -> None:
     one, other = of_both(results, name)
     assert one["metrics"] == other["metrics"]
-    (checkpoint,) = (results / name).rglob("*.ckpt")
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, logger=False)
-    (metrics,) = engine.test(small_model(name), datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+    assert metrics_of_one_process(name, results / name, tile_root, tmp_path) == pytest.approx(one["metrics"], abs=1e-5)
+
+
+def metrics_of_one_process(name: str, folder: Path, data: Path, root: Path) -> Any:
+    (checkpoint,) = folder.rglob("*.ckpt")
+    engine = Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, logger=False)
+    (metrics,) = engine.test(small_model(name), datamodule=make_tiles(data), ckpt_path=checkpoint)
+    return metrics
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_program_trains_in_several_processes(results: Path, name: str, tile_root: Path, tmp_path: Path) -> None:
+    one, other = of_both(results, f"program_{name}")
+    assert one == other
+    assert one["processes"] == 2
+    metrics = metrics_of_one_process(name, results / "program" / name, tile_root, tmp_path)
     assert metrics == pytest.approx(one["metrics"], abs=1e-5)
 
 

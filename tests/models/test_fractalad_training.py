@@ -168,13 +168,6 @@ def test_bfloat16_autocast_trains(tmp_path: Path, tiles: Folder) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path, tile_root: Path, workers: int) -> None:
-    alone = train(tmp_path / "alone", make_tiles(tile_root), max_epochs=1)
-    helped = train(tmp_path / "helped", make_tiles(tile_root, num_workers=workers), max_epochs=1)
-    assert_same_weights(alone, helped)
-
-
 def test_another_seed_gives_another_result(tmp_path: Path, tile_root: Path) -> None:
     one = train(tmp_path / "one", make_tiles(tile_root), max_epochs=1, seed=1)
     other = train(tmp_path / "other", make_tiles(tile_root), max_epochs=1, seed=2)

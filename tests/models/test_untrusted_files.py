@@ -94,6 +94,14 @@ def test_a_recorded_generator_is_not_imported(harm: Path, tmp_path: Path) -> Non
     assert not harm.exists()
 
 
+def test_what_a_checkpoint_names_is_not_called(tmp_path: Path) -> None:
+    model = small_model("ADPS")
+    file = tmp_path / "evil.ckpt"
+    save_checkpoint(model, file, hyper_parameters={**model.hparams, "_instantiator": "os.system"})
+    with pytest.raises(ValueError, match="was blocked to prevent arbitrary code execution"):
+        type(model).load_from_checkpoint(file)
+
+
 def test_torch_inferencer_unpickles_only_when_it_is_told_to(
     harm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
