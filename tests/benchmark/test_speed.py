@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_fractalad.benchmark import image_size as image_size_benchmark
 from anomalib_fractalad.benchmark.generator_speed import generator_speed
+from anomalib_fractalad.benchmark.image_size import image_size
 from anomalib_fractalad.benchmark.inference_speed import inference_speed
 from anomalib_fractalad.benchmark.loading_speed import loading_speed
 from anomalib_fractalad.benchmark.training_speed import _keep_gradients, _make, training_speed
@@ -56,6 +58,16 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert set(seconds) == {"FractalAD torch", "FractalAD openvino_fp32", "Patchcore torch"}
     ratio = seconds["Patchcore torch"] / seconds["FractalAD openvino_fp32"]
     assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
+
+
+def test_image_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_size_benchmark, "_in_a_process", lambda function, arguments: function(*arguments))
+    image_size(sizes=(64,), models=("AAND",), tasks=("train 1", "torch"), backbone="test_resnet")
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == "| model | task | 64 |"
+    assert [row.split(" | ")[1] for row in rows] == ["train 1", "torch"]
+    for row in rows:
+        assert 0.2 < float(row.split("|")[3]) < 20  # GB
 
 
 def test_loading_speed(tile_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
