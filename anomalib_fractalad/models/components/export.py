@@ -23,7 +23,7 @@ def leave_nothing_behind() -> Iterator[None]:
     """Have torch forget an export when it is over.
 
     It would keep what it knows of the symbolic shapes, by caches of functions and in a cycle of references that the
-    garbage collector cannot see, and the text of the code that it generated: 5 to 10 MB an export.
+    garbage collector cannot see, and the text of the code that it generated: about 5 MB an export.
     """
     known_shapes, known_code = symbolic_shapes(), set(generated_code.eval_cache)
     try:
@@ -48,8 +48,8 @@ def quantize_features(model: "Model", images: Any) -> "Model":
     """Quantise the convolutions between features to INT8, by NNCF's post-training quantisation.
 
     Convolutions of images and of anomaly maps, with at most three channels, and what is no convolution stay in floating
-    point: faint defects are steps of one or two grey levels, which 256 levels over the range of all images swallow,
-    and the same holds for distances between features. It costs next to no time.
+    point, which costs next to no time: faint defects are steps of one or two grey levels, and 256 levels over the range
+    of all images swallow them.
 
     Args:
         model: An exported network.
