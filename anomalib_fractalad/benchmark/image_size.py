@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from anomalib_fractalad.benchmark.measure import peak_memory
+from anomalib_fractalad.benchmark.measure import FLOAT32, peak_memory
 from anomalib_fractalad.models.components import DistillationModule
 from anomalib_fractalad.plugin import MODELS
 
@@ -105,7 +105,7 @@ def _predict_with_openvino(name: str, task: str, size: int, backbone: str, folde
     del name, task, backbone
     from openvino import Core  # noqa: PLC0415  an extra
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    settings = {**FLOAT32, "INFERENCE_NUM_THREADS": 1}
     network = Core().compile_model(folder / "weights/openvino/model.xml", "CPU", settings)
     network(torch.rand(1, 3, size, size).numpy())
     return _peak()

@@ -22,7 +22,7 @@ def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp
     known_shapes, known_code = symbolic_shapes(), set(generated_code.eval_cache)
     file = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=tiles)
     assert set(generated_code.eval_cache) == known_code
-    new = [shapes for shapes in symbolic_shapes() if all(shapes is not known for known in known_shapes)]
+    new = [shapes for shapes in symbolic_shapes() if shapes not in known_shapes]
     assert all(shapes.tracked_fakes is None for shapes in new)  # the cycle of references is cut
 
     operations = Core().read_model(file).get_ordered_ops()

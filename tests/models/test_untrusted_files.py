@@ -11,9 +11,8 @@ import torch
 from anomalib.data import Folder
 from anomalib.deploy import ExportType, TorchInferencer
 from conftest import small_engine
+from test_all_models import small_model
 
-import anomalib_fractalad
-from anomalib_fractalad.models.components import DistillationModule
 from anomalib_fractalad.plugin import MODELS
 
 WAYS: dict[str, Callable[[Any, Path, Folder, Path], Any]] = {
@@ -43,11 +42,6 @@ class Unpickled:
 @pytest.fixture
 def harm(tmp_path: Path) -> Path:
     return tmp_path / "harm"
-
-
-def small_model(name: str) -> DistillationModule:
-    extra = {"patches": 2} if name == "ADPS" else {}
-    return getattr(anomalib_fractalad, name)(backbone="test_resnet", pre_trained=False, visualizer=False, **extra)
 
 
 def save_checkpoint(model: Any, file: Path, **extra: Any) -> None:

@@ -30,7 +30,7 @@ def leave_nothing_behind() -> Iterator[None]:
         yield
     finally:
         for shapes in symbolic_shapes():
-            if all(shapes is not known for known in known_shapes):
+            if shapes not in known_shapes:
                 shapes.tracked_fakes = None
         for method in vars(ShapeEnv).values():
             if hasattr(method, "cache_clear"):

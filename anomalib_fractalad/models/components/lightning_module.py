@@ -331,7 +331,7 @@ class DistillationModule(_Base):
         if datamodule is None:
             msg = "INT8 needs images to calibrate with; give the export a datamodule"
             raise ValueError(msg)
-        datamodule.setup("fit")
+        datamodule.setup("fit")  # from here on, anomalib would quantise by NNCF's defaults
         return quantize_features(model, datamodule.val_dataloader())
 
 
