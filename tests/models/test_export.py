@@ -53,3 +53,13 @@ def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp
 def test_int8_asks_for_images() -> None:
     with pytest.raises(ValueError, match="give the export a datamodule"):
         DistillationModule._post_training_quantization_ov(Model([], []), None)
+
+
+def test_a_model_without_thresholds_is_not_exported_in_silence(
+    tiles: Folder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(ValueError, match="INT8 needs thresholds, and this model was never validated"):
+        small_model("FractalAD").to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=tiles)
+    assert "FractalAD was never validated, so it has no threshold: exported, it finds no defect" in caplog.text

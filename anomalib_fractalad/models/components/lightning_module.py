@@ -18,6 +18,7 @@ from anomalib.data.utils.tiler import Tiler
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -323,6 +324,9 @@ class DistillationModule(_Base):
             # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
             batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
             kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
+        post_processor = self.post_processor
+        if isinstance(post_processor, PostProcessor) and post_processor.image_threshold.isnan():
+            logger.warning("%s was never validated, so it has no threshold: exported, it finds no defect", self.name)
         with leave_nothing_behind():
             return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
