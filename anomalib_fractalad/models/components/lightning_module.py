@@ -319,7 +319,7 @@ class DistillationModule(_Base):
         Returns:
             The ONNX file.
         """
-        kwargs.setdefault("opset_version", EXPORT_OPSET)
+        kwargs = {"opset_version": EXPORT_OPSET, "verbose": False, **kwargs}
         if input_size is None and self.input_size is None:
             # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
             batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
