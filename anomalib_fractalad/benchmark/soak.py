@@ -150,7 +150,7 @@ def _plot(rows: list[Row], path: Path) -> None:
     counts.set_xlabel("minutes")
     counts.legend()
     for axes in (memory, counts):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
