@@ -13,12 +13,14 @@ from torchvision.transforms.v2 import Resize
 from torchvision.utils import save_image
 
 from anomalib_fractalad import AAND
+from anomalib_fractalad.models.aand.torch_model import Alignment
 
 
-def trained(backbone: str, root: Path, tile_root: Path) -> Engine:
+def trained(backbone: str, alignment: Alignment, root: Path, tile_root: Path) -> Engine:
     seed_everything(0)
     model = AAND(
         backbone=backbone,
+        alignment=alignment,
         pre_trained=False,
         pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
         visualizer=False,
@@ -35,14 +37,15 @@ def trained(backbone: str, root: Path, tile_root: Path) -> Engine:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "size", "fixed"),
+    ("backbone", "alignment", "size", "fixed"),
     [
-        ("test_resnet", (64, 64), True),
-        ("resnet18", (100, 150), False),
+        ("test_resnet", "centres", (64, 64), True),
+        ("resnet18", "corners", (100, 150), False),
     ],
 )
 def test_one_score_everywhere(
     backbone: str,
+    alignment: Alignment,
     tile_root: Path,
     size: tuple[int, int],
     fixed: bool,
@@ -52,7 +55,7 @@ def test_one_score_everywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    engine = trained(backbone, tmp_path, tile_root)
+    engine = trained(backbone, alignment, tmp_path, tile_root)
     image = tmp_path / "image.png"
     save_image(torch.rand(1, 3, *size), image)
     assert_one_score_everywhere(engine, image, tmp_path, capfd, size if fixed else None)

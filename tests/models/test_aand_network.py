@@ -325,3 +325,39 @@ def test_other_strides_than_the_published_take_the_small_student() -> None:
 def test_strides_that_do_not_double(strides: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"strides is .*; each must be twice the one before, such as \(4, 8, 16\)"):
         AANDModel("test_resnet", pre_trained=False, strides=strides)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 83), (8, 33)])
+def test_centres_of_receptive_fields(size: tuple[int, int]) -> None:
+    """Position i lies at pixel stride x i; a second way is to sample each stage where its pixels lie."""
+    strides = (8, 16)
+    shapes = [(2, 5, math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
+    teacher, student = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    found = distance_map(teacher, student, size, strides)
+    expected = torch.zeros(2, 1, *size)
+    for stride, t, s in zip(strides, teacher, student, strict=True):
+        y, x = (2 * torch.arange(n) / stride / max(m - 1, 1) - 1 for n, m in zip(size, t.shape[-2:], strict=True))
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(2, -1, -1, -1)
+        distance = 1 - F.cosine_similarity(t, s, dim=1).unsqueeze(1)
+        expected += F.grid_sample(distance, grid, align_corners=True, padding_mode="border")
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_stage_sees_most_at_the_centre_that_its_position_is_put_at() -> None:
+    model = AANDModel("resnet18", pre_trained=False, strides=(8, 16), alignment="centres").eval()
+    images = torch.rand(8, 3, 256, 256, requires_grad=True)
+    for stride, stage in zip((8, 16), model.teacher(images), strict=True):
+        position = 128 // stride
+        (seen,) = torch.autograd.grad(stage[:, :, position, position].square().sum(), images, retain_graph=True)
+        profile = seen.abs().sum((0, 1, 2))
+        centre = (profile * torch.arange(256)).sum() / profile.sum()
+        assert centre.item() == pytest.approx(stride * position, abs=1.5)
+    stretched = AANDModel("resnet18", pre_trained=False, strides=(8, 16)).eval()
+    stretched.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(model.predict_map(images), stretched.predict_map(images), atol=1e-3)
+
+
+def test_an_unknown_alignment() -> None:
+    with pytest.raises(ValueError, match="alignment 'middle' is unknown; use one of corners, centres"):
+        AANDModel("test_resnet", pre_trained=False, alignment="middle")

@@ -36,7 +36,7 @@ from .amplification import ResidualAnomalyAmplification
 from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistillationLoss
 from .stages import Stage, StagePlan
 from .student import PUBLISHED_STRIDES
-from .torch_model import AANDModel
+from .torch_model import AANDModel, Alignment
 
 ANOMALY_PROBABILITY = 0.8
 REDRAWS = 10
@@ -67,6 +67,9 @@ class AAND(DistillationModule, AnomalibModule):
         top_share: Share of the pixels, above 0 and at most 1, that the score top takes.
         strides: Strides of the stages whose features are compared, each twice the one before: coarse ones see more
             context and cost less, fine ones see smaller defects. 4, 8 and 16 are the published ones.
+        alignment: How the stages' maps are brought to the image's size: corners (published) stretches them from border
+            to border, which shifts them by up to the stride; centres puts each position at the centre of what it sees.
+            It can be changed after training.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
@@ -103,6 +106,7 @@ class AAND(DistillationModule, AnomalibModule):
         score: Reduction = "max",
         top_share: float = 0.005,
         strides: Sequence[int] = PUBLISHED_STRIDES,
+        alignment: Alignment = "corners",
         learning_rate: float = 0.005,
         epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -127,7 +131,7 @@ class AAND(DistillationModule, AnomalibModule):
         self.split = split
         self.generator = generator
         self.object_mode = object_mode
-        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights, strides)
+        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights, strides, alignment)
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
@@ -23,6 +24,7 @@ from anomalib_fractalad.models.components import (
 from .amplification import ResidualAnomalyAmplification
 from .student import PUBLISHED_STRIDES, reverse_student
 
+Alignment = Literal["corners", "centres"]
 SIGMA = 4
 
 
@@ -39,12 +41,15 @@ class AANDModel(nn.Module):
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
         strides: Strides of the stages that are compared, each twice the one before; 4, 8 and 16 are the published ones.
+        alignment: How stages are brought to the image's size: ``corners`` (published) stretches them from border to
+            border, ``centres`` puts each position at the centre of its receptive field.
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
 
     Raises:
-        ValueError: If the backbone lacks a level, or ``strides``, ``score`` or ``top_share`` is out of range.
+        ValueError: If the backbone lacks a level, or ``strides``, ``score``, ``top_share`` or ``alignment`` is out
+            of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -59,9 +64,14 @@ class AANDModel(nn.Module):
         top_share: float = 0.005,
         weights: str | Path | None = None,
         strides: Sequence[int] = PUBLISHED_STRIDES,
+        alignment: Alignment = "corners",
     ) -> None:
         super().__init__()
         _check_strides(strides)
+        if alignment not in get_args(Alignment):
+            msg = f"alignment {alignment!r} is unknown; use one of {', '.join(get_args(Alignment))}"
+            raise ValueError(msg)
+        self.centre_strides = tuple(strides) if alignment == "centres" else None
         self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, strides, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
@@ -91,7 +101,7 @@ class AANDModel(nn.Module):
             (B, 1, H, W), values in [0, 2 x stages].
         """
         teacher = self.advanced_teacher(images)
-        return distance_map(teacher, self.student(teacher), images.shape[-2:])
+        return distance_map(teacher, self.student(teacher), images.shape[-2:], self.centre_strides)
 
     def advanced_teacher(self, images: Tensor) -> list[Tensor]:
         """Extract features and amplify them where they look anomalous.
@@ -108,22 +118,39 @@ class AANDModel(nn.Module):
         return [amplify(stage) for amplify, stage in zip(self.amplifiers, features, strict=True)]
 
 
-def distance_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def distance_map(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    size: Sequence[int],
+    strides: Sequence[int] | None = None,
+) -> Tensor:
     """Sum over stages of 1 - cos(teacher, student), each brought to the image's size.
 
     Args:
         teacher: (B, C_i, H_i, W_i) for each stage.
         student: The same shapes.
         size: Height and width of the image.
+        strides: The stages' strides, to put positions at the centres of their receptive fields. Left out, stages are
+            stretched from border to border.
 
     Returns:
         (B, 1, *size), values in [0, 2 x stages].
     """
-    distances = [
-        F.interpolate(cosine_distance(t, s), size=tuple(size), mode="bilinear", align_corners=True)
-        for t, s in zip(teacher, student, strict=True)
-    ]
-    return torch.stack(distances).sum(dim=0)
+    distances = map(cosine_distance, teacher, student)
+    if strides is None:
+        return torch.stack([_stretch(distance, size) for distance in distances]).sum(dim=0)
+    return torch.stack([_centre(*stage, size) for stage in zip(distances, strides, strict=True)]).sum(dim=0)
+
+
+def _stretch(distance: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(distance, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def _centre(distance: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """Position i at pixel stride x i, the centre of its receptive field where convolutions pad evenly."""
+    height, width = (stride * (positions - 1) + 1 for positions in distance.shape[-2:])
+    spread = _stretch(distance, (height, width))
+    return F.pad(spread, (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
 
 class GaussianSmoothing(nn.Module):
