@@ -132,7 +132,7 @@ def check_pictures(datasets: Iterable[Any]) -> None:
     """Read all pictures and masks once.
 
     Args:
-        datasets: Anomalib's data sets; others, which do not tell their files, are passed over.
+        datasets: Anomalib's data sets of images; others are passed over.
 
     Raises:
         UnreadablePictureError: If some cannot be read, or a mask has other proportions than its image; the message
@@ -147,7 +147,7 @@ def leave_out_unreadable(datasets: Sequence[Any]) -> list[str]:
     """Take the pictures that cannot be read out of data sets, in place.
 
     Args:
-        datasets: Anomalib's data sets; others, which do not tell their files, are passed over.
+        datasets: Anomalib's data sets of images; others are passed over.
 
     Returns:
         What is wrong with each of the pictures left out.
@@ -175,11 +175,12 @@ _Item = tuple[str, ...]  # an image and its masks
 def _items(dataset: Any) -> Iterator[_Item]:
     from anomalib import TaskType  # noqa: PLC0415
     from anomalib.data import AnomalibDataset, PredictDataset  # noqa: PLC0415
+    from anomalib.data.datasets.base import AnomalibVideoDataset  # noqa: PLC0415
     from anomalib.data.utils import LabelName  # noqa: PLC0415
 
     if isinstance(dataset, PredictDataset):
         yield from ((str(path),) for path in dataset.image_filenames)
-    elif isinstance(dataset, AnomalibDataset):
+    elif isinstance(dataset, AnomalibDataset) and not isinstance(dataset, AnomalibVideoDataset):
         for sample in dataset.samples.itertuples():
             masked = dataset.task == TaskType.SEGMENTATION and sample.label_index == LabelName.ABNORMAL
             masks = sample.mask_path if masked else []

@@ -153,6 +153,24 @@ def _read_every_picture() -> None:
                 setattr(user, name, replacement)
 
 
+def _fit_masks_to_images() -> None:
+    """Let masks have another size than their images: one batch would not hold them and those of normal images."""
+    from wrapt import wrap_function_wrapper  # noqa: PLC0415
+
+    wrap_function_wrapper("anomalib.data.datasets.base.image", "AnomalibDataset.__getitem__", _get_item)
+
+
+def _get_item(get_item: Callable[..., Any], _: Any, args: tuple[int], kwargs: dict[str, int]) -> Any:
+    """Wraps what reads an image and its mask."""
+    item = get_item(*args, **kwargs)
+    mask = getattr(item, "gt_mask", None)
+    if mask is not None and mask.shape[-2:] != item.image.shape[-2:]:
+        from torchvision.transforms.v2.functional import resize  # noqa: PLC0415
+
+        item.gt_mask = resize(mask, item.image.shape[-2:])
+    return item
+
+
 def _show_every_picture() -> None:
     """Let heat maps be drawn on pictures as they are read for the model."""
     from anomalib_fractalad.pictures import open_rgb  # noqa: PLC0415
@@ -173,6 +191,7 @@ def _allow_every_script() -> None:
 # always imported after torch and that holds all that the package's own modules need.
 _HOOKS: dict[str, Callable[[], None]] = {
     "anomalib.data.datamodules": _publish_data_modules,
+    "anomalib.data.datasets.base.image": _fit_masks_to_images,
     "anomalib.data.utils.image": _read_every_picture,
     "anomalib.data.utils.path": _allow_every_script,
     "anomalib.models.image": _publish_models,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, PredictDataset
+from anomalib.data.datasets.video import AvenueDataset
 from anomalib.data.utils import get_image_filenames, read_image, read_mask
 from conftest import (
     ODD_FOLDER,
@@ -210,7 +211,7 @@ def test_of_many_unreadable_pictures_ten_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadablePictureError, match=r"and 2 more$") as error:
         check_pictures([PredictDataset(tmp_path)])
     assert str(error.value).count("is empty") == 10
-    check_pictures([None, [1, 2, 3]])
+    check_pictures([None, [1, 2, 3], object.__new__(AvenueDataset)])
 
 
 @pytest.mark.parametrize(
@@ -221,10 +222,14 @@ def test_masks_have_their_images_proportions(size: tuple[int, int], fits: bool, 
     save(np.zeros((8, 16)), tmp_path / "good/0.png")
     save(np.zeros((8, 16)), tmp_path / "defect/0.png")
     save(np.ones(size), tmp_path / "mask/0.png")
-    data = folder_of(tmp_path / "good", abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")
+    good = tmp_path / "good"
+    data = folder_of(good, normal_test_dir=good, abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")
     data.setup()
     if fits:
         check_pictures([data.test_data])
+        (batch,) = data.test_dataloader()
+        assert batch.gt_mask.shape == (2, 8, 16)
+        assert batch.gt_mask.flatten(1).float().mean(dim=1).tolist() == batch.gt_label.tolist()
         return
     with pytest.raises(
         UnreadablePictureError, match=rf"mask.0\.png is a mask of {size[1]}x{size[0]} .* 16x8, .*defect"

@@ -129,7 +129,7 @@ def test_models_take_weights_and_do_without_the_file_once_trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     kind = getattr(anomalib_fractalad, name)
     extra = {"layers": (4, 8, 16), "patches": 2} if name == "ADPS" else {}
     model = kind(backbone=BACKBONE, weights=checkpoint, visualizer=False, **extra)

@@ -9,7 +9,10 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from conftest import make_tiles, run_script
+from lightning import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from test_all_models import small_model
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from anomalib_fractalad.plugin import MODELS
 
@@ -61,3 +64,18 @@ def test_checkpoints_hold_the_random_numbers_of_every_process(results: Path, nam
     (checkpoint,) = (results / name).rglob("*.ckpt")
     one, other = torch.load(checkpoint, weights_only=True)["random_states"]
     assert not torch.equal(one["cpu"], other["cpu"])
+
+
+@pytest.mark.parametrize(("pictures", "repeated"), [(4, 0), (5, 1)])
+def test_pictures_that_two_processes_validate_are_told(
+    pictures: int,
+    repeated: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = torch.rand(pictures, 1)
+    loader = DataLoader(TensorDataset(data), sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    model = small_model("FractalAD")
+    model.trainer = Trainer(logger=False, enable_checkpointing=False)
+    model.trainer.fit_loop.epoch_loop.val_loop._combined_loader = CombinedLoader(loader)
+    model._warn_of_repetitions()
+    assert ("Lightning gives 1 of 5 validation pictures to two processes" in caplog.text) == bool(repeated)

@@ -174,6 +174,17 @@ def test_another_seed_gives_another_result(tmp_path: Path, tile_root: Path) -> N
     assert not torch.equal(one.model.head.classify.weight, other.model.head.classify.weight)
 
 
+def test_lightnings_trial_validation_changes_nothing(tmp_path: Path, tile_root: Path) -> None:
+    expected = train(tmp_path, make_tiles(tile_root), max_epochs=1)
+    seed_everything(1)
+    model = small_model()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False
+    )
+    trainer.fit(model, datamodule=make_tiles(tile_root))
+    assert_same_weights(expected, model)
+
+
 @pytest.mark.parametrize("cosine_decay", [False, True])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, tile_root: Path, cosine_decay: bool) -> None:
     every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -196,7 +207,7 @@ def test_a_checkpoint_is_plain_data_and_loads_without_pre_trained_weights(
     model = train(tmp_path, tiles, max_epochs=1, score="top", top_share=0.1)
     model.hparams.pre_trained = True
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     loaded = FractalAD.load_from_checkpoint(checkpoint, visualizer=False)
     assert_same_weights(model, loaded)
     assert loaded.model.score.reduction == "top"

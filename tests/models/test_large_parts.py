@@ -93,6 +93,22 @@ def test_training_on_tiles_and_one_score_everywhere(
     assert_same_prediction(OpenVINOInferencer(file, "CPU", FLOAT32).predict(image), lightning)
 
 
+def test_a_checkpoint_brings_its_tiler_and_takes_it_away() -> None:
+    tiled, plain = {}, {}
+    model = small_model("FractalAD")
+    model.on_save_checkpoint(plain)
+    model.model.tiler = Tiler(TILE, stride=16)
+    model.on_save_checkpoint(tiled)
+    model = small_model("FractalAD")
+    model.on_load_checkpoint(tiled)
+    assert model.model.tiler.tile_size_h == TILE
+    model.on_load_checkpoint(plain)
+    assert model.model.tiler is None
+    model.model.tiler = given = Tiler(2 * TILE, TILE)
+    model.on_load_checkpoint(tiled)
+    assert model.model.tiler is given
+
+
 def test_an_image_smaller_than_a_tile_is_refused() -> None:
     model = small_model("FractalAD").model.eval()
     model.tiler = Tiler(64, 64)

@@ -3,6 +3,7 @@
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_checkpoint(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: an unknown compression
         damaged = str(error)
     if damaged is not None:
         msg = (

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.export import Dim
+from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
@@ -57,6 +58,7 @@ class DistillationModule(_Base):
 
     epochs: int | None
     training_steps: float = math.inf
+    _loaded_tiler: Tiler | None = None
     _random_states: Sequence[dict[str, Any]] = ()
     _batches_done = 0
     _validation_is_due = False
@@ -145,7 +147,8 @@ class DistillationModule(_Base):
         elif self.global_rank > 0:  # the anomalies of each process are its own
             torch.manual_seed(torch.initial_seed() + (self.global_rank << 32))
         # What Lightning does next is to shuffle the data.
-        self._epoch_state, self._shuffled = _random_state(), True
+        self._epoch_state = self._start_state = _random_state()
+        self._shuffled = True
 
     def on_train_start(self) -> None:
         """Refuse pictures that cannot be read, learn how many steps training takes, and resume within an epoch.
@@ -159,6 +162,7 @@ class DistillationModule(_Base):
         loaders = CombinedLoader([self.trainer.train_dataloader, self.trainer.val_dataloaders]).flattened
         test_data = getattr(getattr(self.trainer, "datamodule", None), "test_data", None)
         check_pictures([*(loader.dataset for loader in loaders if loader is not None), test_data])
+        self._warn_of_repetitions()
         self.training_steps = self.trainer.estimated_stepping_batches
         if self._batches_done and (resumed := self._resumed_state()):
             # Lightning counts the batches that the epoch has had, but does not pass over them.
@@ -166,6 +170,18 @@ class DistillationModule(_Base):
                 next(self.trainer.fit_loop._combined_loader)  # type: ignore[arg-type]  # noqa: SLF001
             _set_random_state(resumed)
         self._start_state = _random_state()
+
+    def _warn_of_repetitions(self) -> None:
+        for loader in CombinedLoader(self.trainer.val_dataloaders).flattened:
+            sampler = getattr(loader, "sampler", None)
+            repeated = sampler.total_size - len(loader.dataset) if isinstance(sampler, DistributedSampler) else 0
+            if repeated and self.trainer.is_global_zero:
+                logger.warning(
+                    "Lightning gives %d of %d validation pictures to two processes, so that they count twice for the "
+                    "thresholds. Validate once more with one process, or take a number of processes that divides them.",
+                    repeated,
+                    len(loader.dataset),
+                )
 
     def on_validation_end(self) -> None:
         """Where training resumes with a validation, let it go on as if the data had been shuffled afterwards."""
@@ -233,8 +249,9 @@ class DistillationModule(_Base):
             current, is_last = progress["current"], progress["is_last_batch"]
             self._batches_done = 0 if is_last else current["ready"]
             self._validation_is_due = is_last and current["completed"] < current["ready"]
-        if self._tiler is None and "tiler" in checkpoint:
-            self.model.tiler = make_tiler(**checkpoint["tiler"])  # type: ignore[assignment]
+        if self._tiler is self._loaded_tiler:
+            self._loaded_tiler = make_tiler(**checkpoint["tiler"]) if "tiler" in checkpoint else None
+            self.model.tiler = self._loaded_tiler  # type: ignore[assignment]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
