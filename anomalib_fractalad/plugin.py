@@ -160,15 +160,21 @@ def _fit_masks_to_images() -> None:
     wrap_function_wrapper("anomalib.data.datasets.base.image", "AnomalibDataset.__getitem__", _get_item)
 
 
-def _get_item(get_item: Callable[..., Any], _: Any, args: tuple[int], kwargs: dict[str, int]) -> Any:
-    """Wraps what reads an image and its mask."""
-    item = get_item(*args, **kwargs)
-    mask = getattr(item, "gt_mask", None)
-    if mask is not None and mask.shape[-2:] != item.image.shape[-2:]:
-        from torchvision.transforms.v2.functional import resize  # noqa: PLC0415
+def _get_item(get_item: Callable[..., Any], dataset: Any, args: tuple[int], kwargs: dict[str, int]) -> Any:
+    """Wraps what reads an image and its mask, and augments them."""
+    from torchvision.transforms.v2.functional import resize  # noqa: PLC0415
 
-        item.gt_mask = resize(mask, item.image.shape[-2:])
-    return item
+    def augment(image: Any, *masks: Any) -> Any:
+        masks = tuple(mask if mask.shape[-2:] == image.shape[-2:] else resize(mask, image.shape[-2:]) for mask in masks)
+        if augmentations:
+            return augmentations(image, *masks)
+        return (image, *masks) if masks else image
+
+    augmentations, dataset.augmentations = dataset.augmentations, augment
+    try:
+        return get_item(*args, **kwargs)
+    finally:
+        dataset.augmentations = augmentations
 
 
 def _show_every_picture() -> None:

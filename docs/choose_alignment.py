@@ -27,7 +27,7 @@ def choose_alignment(checkpoint: Path, images: Path, every: int = 1, size: int =
     Args:
         checkpoint: A trained AAND.
         images: A folder of normal images, best of such as the model was not trained on.
-        every: Take every so manieth image.
+        every: Take every n-th image.
         size: Height and width that images are resized to.
     """
     seed_everything(0)

@@ -29,7 +29,7 @@ def choose_stages(checkpoint: Path, images: Path, every: int = 8, size: int = 25
     Args:
         checkpoint: A trained AAND.
         images: A folder of normal images.
-        every: Take every so manieth image.
+        every: Take every n-th image.
         size: Height and width that images are resized to.
     """
     seed_everything(0)

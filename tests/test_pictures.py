@@ -24,6 +24,7 @@ from conftest import (
 )
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Pad
 
 import anomalib_fractalad
 from anomalib_fractalad.pictures import UnreadablePictureError, check_pictures, leave_out_unreadable
@@ -230,6 +231,10 @@ def test_masks_have_their_images_proportions(size: tuple[int, int], fits: bool, 
         (batch,) = data.test_dataloader()
         assert batch.gt_mask.shape == (2, 8, 16)
         assert batch.gt_mask.flatten(1).float().mean(dim=1).tolist() == batch.gt_label.tolist()
+        data.test_data.augmentations = Pad(8)
+        (batch,) = data.test_dataloader()
+        assert batch.image.shape[-2:] == (24, 32)
+        assert batch.gt_mask.flatten(1).float().mean(dim=1).tolist() == pytest.approx((batch.gt_label / 6).tolist())
         return
     with pytest.raises(
         UnreadablePictureError, match=rf"mask.0\.png is a mask of {size[1]}x{size[0]} .* 16x8, .*defect"

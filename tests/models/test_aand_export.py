@@ -62,7 +62,8 @@ def test_one_score_everywhere(
 
 
 def test_an_export_without_a_pre_processor_takes_the_size_it_is_made_for(tmp_path: Path) -> None:
-    model = AAND(backbone="test_resnet", pre_trained=False, pre_processor=False, visualizer=False).eval()
+    settings = {"pre_trained": False, "pre_processor": False, "visualizer": False}
+    model = AAND(backbone="test_resnet", alignment="centres", **settings).eval()
     with pytest.raises(ValueError, match="give input_size"):
         model.to_onnx(tmp_path)
     file = model.to_onnx(tmp_path, input_size=(70, 53))

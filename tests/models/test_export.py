@@ -63,5 +63,5 @@ def test_a_model_without_thresholds_is_not_exported_in_silence(
 ) -> None:
     with pytest.raises(ValueError, match="INT8 needs thresholds, and this model was never validated"):
         small_model("FractalAD").to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=tiles)
-    assert "FractalAD was never validated, so it has no threshold: exported, it finds no defect" in caplog.text
+    assert "FractalAD was never validated, so it has no thresholds: exported, it compares raw scores" in caplog.text
     assert "[torch.onnx]" not in capsys.readouterr().out  # its progress

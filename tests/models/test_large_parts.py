@@ -104,6 +104,8 @@ def test_a_checkpoint_brings_its_tiler_and_takes_it_away() -> None:
     assert model.model.tiler.tile_size_h == TILE
     model.on_load_checkpoint(plain)
     assert model.model.tiler is None
+    model.on_load_checkpoint(tiled)
+    assert model.model.tiler.tile_size_h == TILE
     model.model.tiler = given = Tiler(2 * TILE, TILE)
     model.on_load_checkpoint(tiled)
     assert model.model.tiler is given

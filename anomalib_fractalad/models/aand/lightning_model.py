@@ -68,8 +68,9 @@ class AAND(DistillationModule, AnomalibModule):
         strides: Strides of the stages whose features are compared, each twice the one before: coarse ones see more
             context and cost less, fine ones see smaller defects. 4, 8 and 16 are the published ones.
         alignment: How the stages' maps are brought to the image's size: corners (published) stretches them from border
-            to border, which shifts them by up to the stride; centres puts each position at the centre of what it sees.
-            It can be changed after training.
+            to border, which shifts them by up to the stride; centres puts position i at pixel stride x i, the centre of
+            what it sees in a CNN that pads evenly, as ResNets do. It can be changed when a checkpoint is loaded;
+            validate once more then, for the thresholds.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as

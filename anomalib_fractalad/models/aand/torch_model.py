@@ -42,7 +42,8 @@ class AANDModel(nn.Module):
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
         strides: Strides of the stages that are compared, each twice the one before; 4, 8 and 16 are the published ones.
         alignment: How stages are brought to the image's size: ``corners`` (published) stretches them from border to
-            border, ``centres`` puts each position at the centre of its receptive field.
+            border, ``centres`` puts position i at pixel stride x i, where its receptive field has its centre if
+            convolutions pad evenly.
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
@@ -130,8 +131,8 @@ def distance_map(
         teacher: (B, C_i, H_i, W_i) for each stage.
         student: The same shapes.
         size: Height and width of the image.
-        strides: The stages' strides, to put positions at the centres of their receptive fields. Left out, stages are
-            stretched from border to border.
+        strides: The stages' strides, to put position i at pixel stride x i. Left out, stages are stretched from border
+            to border.
 
     Returns:
         (B, 1, *size), values in [0, 2 x stages].

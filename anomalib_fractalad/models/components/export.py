@@ -59,14 +59,14 @@ def quantize_features(model: "Model", images: Any) -> "Model":
         The quantised network.
 
     Raises:
-        ValueError: If the network has no thresholds, with which OpenVINO could not load it in INT8.
+        ValueError: If values of the network are NaN, as are thresholds before a validation: OpenVINO could not load it.
     """
     import nncf  # noqa: PLC0415
 
     operations = model.get_ordered_ops()
     constants = [operation.data for operation in operations if operation.get_type_name() == "Constant"]
     if any(np.isnan(value).any() for value in constants if value.dtype.kind == "f"):
-        msg = "INT8 needs thresholds, and this model was never validated: run engine.validate, or train with validation"
+        msg = "INT8 needs thresholds, and this model was never validated (or its weights are NaN): run engine.validate"
         raise ValueError(msg)
     types = {operation.get_type_name() for operation in operations}
     ignored = nncf.IgnoredScope(

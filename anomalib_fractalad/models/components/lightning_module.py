@@ -22,7 +22,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Normalize, Resize
@@ -174,13 +174,16 @@ class DistillationModule(_Base):
     def _warn_of_repetitions(self) -> None:
         for loader in CombinedLoader(self.trainer.val_dataloaders).flattened:
             sampler = getattr(loader, "sampler", None)
-            repeated = sampler.total_size - len(loader.dataset) if isinstance(sampler, DistributedSampler) else 0
-            if repeated and self.trainer.is_global_zero:
+            if not isinstance(sampler, DistributedSampler) or not self.trainer.is_global_zero:
+                continue
+            pictures = len(sampler.dataset)  # type: ignore[arg-type]
+            if sampler.total_size > pictures:
                 logger.warning(
-                    "Lightning gives %d of %d validation pictures to two processes, so that they count twice for the "
-                    "thresholds. Validate once more with one process, or take a number of processes that divides them.",
-                    repeated,
-                    len(loader.dataset),
+                    "Lightning makes %d validation pictures out of %d, to divide them evenly among the processes: some "
+                    "count more than once for the thresholds. Validate once more with one process, or take a number of "
+                    "processes that divides them.",
+                    sampler.total_size,
+                    pictures,
                 )
 
     def on_validation_end(self) -> None:
@@ -249,7 +252,7 @@ class DistillationModule(_Base):
             current, is_last = progress["current"], progress["is_last_batch"]
             self._batches_done = 0 if is_last else current["ready"]
             self._validation_is_due = is_last and current["completed"] < current["ready"]
-        if self._tiler is self._loaded_tiler:
+        if self._tiler is None or self._tiler is self._loaded_tiler:
             self._loaded_tiler = make_tiler(**checkpoint["tiler"]) if "tiler" in checkpoint else None
             self.model.tiler = self._loaded_tiler  # type: ignore[assignment]
 
@@ -341,18 +344,27 @@ class DistillationModule(_Base):
             # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
             batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
             kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
-        post_processor = self.post_processor
-        if isinstance(post_processor, PostProcessor) and post_processor.image_threshold.isnan():
-            logger.warning("%s was never validated, so it has no threshold: exported, it finds no defect", self.name)
+        self._warn_without_thresholds(self.post_processor)
         with leave_nothing_behind():
             return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _warn_without_thresholds(self, post_processor: nn.Module | None) -> None:
+        if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+            return
+        if post_processor.image_threshold.isnan():
+            logger.warning(
+                "%s was never validated, so it has no thresholds: exported, it compares raw scores with %g. Run "
+                "engine.validate first.",
+                self.name,
+                float(post_processor.normalized_image_threshold),
+            )
 
     @staticmethod
     def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
         if datamodule is None:
             msg = "INT8 needs images to calibrate with; give the export a datamodule"
             raise ValueError(msg)
-        datamodule.setup("fit")  # from here on, anomalib would quantise by NNCF's defaults
+        datamodule.setup("fit")  # anomalib's own would go on with NNCF's defaults
         return quantize_features(model, datamodule.val_dataloader())
 
 
