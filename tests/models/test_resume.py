@@ -40,7 +40,7 @@ def checkpoint(results: Path) -> bytes:
     return (results / "FractalAD" / "unbroken" / "model.ckpt").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "compression", "end", "text"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "compression", "text"])
 def test_a_damaged_checkpoint_is_named(checkpoint: bytes, damage: str, tmp_path: Path, tiles: Folder) -> None:
     middle = len(checkpoint) // 2
     compression = checkpoint.index(b"PK\x01\x02") + 10  # of the first entry of zip's table of contents
@@ -49,7 +49,6 @@ def test_a_damaged_checkpoint_is_named(checkpoint: bytes, damage: str, tmp_path:
         "empty": b"",
         "changed": checkpoint[:middle] + bytes(64) + checkpoint[middle + 64 :],
         "compression": checkpoint[:compression] + b"\x0c" + checkpoint[compression + 1 :],
-        "end": checkpoint[:-6] + b"\xff" * 6,
         "text": b"weights",
     }[damage]
     path = tmp_path / "model.ckpt"
