@@ -258,14 +258,15 @@ def test_training_on_one_picture(name: str, picture: str, odd: Odd, tmp_path: Pa
     assert prediction.pred_score.isfinite().all()
 
 
-def test_without_normal_test_images(tile_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_without_normal_test_images(name: str, tile_root: Path, tmp_path: Path) -> None:
     data = folder_of(
         tile_root / "train/good",
         abnormal_dir=tile_root / "test/blot",
         mask_dir=tile_root / "ground_truth/blot",
         test_split_mode="none",
     )
-    model, engine = model_of("FractalAD"), small_engine(tmp_path, max_epochs=1)
+    model, engine = model_of(name), small_engine(tmp_path, max_epochs=2)
     engine.fit(model, datamodule=data)
     (metrics,) = engine.test(model, datamodule=data)
     assert np.isfinite(metrics["pixel_AUROC"])

@@ -50,11 +50,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     "first",
     [
         "anomalib.models",
-        "anomalib.data",
         "anomalib.data.utils.image",
         "anomalib.engine",
         "torch",
-        "lightning",
         "anomalib_fractalad",
         "anomalib_fractalad.models.fractalad.lightning_model",
         "anomalib_fractalad.data.surface_defects",

@@ -85,12 +85,17 @@ def test_exporting_prints_no_failure(engine: Engine, tmp_path: Path, capfd: pyte
     printed = "".join(capfd.readouterr()).lower()
     assert "traceback" not in printed
     assert "failed" not in printed
+    assert "[torch.onnx]" not in printed  # its progress
     assert [entry.version for entry in onnx.load(file).opset_import if not entry.domain] == [19]
 
 
-def test_without_a_pre_processor_the_network_takes_any_size_and_batch(tmp_path: Path) -> None:
+def test_without_a_pre_processor_the_network_takes_any_size_and_batch(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = FractalAD(backbone="test_resnet", pre_trained=False, score="top", pre_processor=False, visualizer=False)
     file = model.eval().to_onnx(tmp_path)
+    assert "FractalAD was never validated, so it has no thresholds: exported, it compares raw scores" in caplog.text
     for shape in ((1, 3, 64, 96), (3, 3, 70, 53)):
         images = torch.rand(shape)
         assert_same_prediction(in_onnx_runtime(file, images), model(images))
