@@ -7,13 +7,11 @@ python docs/choose_alignment.py --checkpoint model.ckpt --images PATH
 from pathlib import Path
 
 import torch
-from anomalib.data.utils import read_image
-from choose_stages import anomalies, auroc, features
+from choose_stages import anomalies, auroc, features, read_images
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
-from torchvision.transforms.v2.functional import resize
 
 from anomalib_fractalad import AAND
 from anomalib_fractalad.models.aand.torch_model import distance_map
@@ -32,12 +30,11 @@ def choose_alignment(checkpoint: Path, images: Path, every: int = 1, size: int =
     """
     seed_everything(0)
     model = AAND.load_from_checkpoint(checkpoint, visualizer=False).model.eval()
-    files = sorted(images.iterdir())[::every]
-    normal = torch.stack([resize(read_image(file, as_tensor=True), [size, size]) for file in files]).clamp(0, 1)
+    normal = read_images(sorted(images.iterdir())[::every], size)
     kinds = anomalies(normal)
     stages = {name: features(model, batch) for name, batch in kinds.items()}
     reference = features(model, normal)
-    print(f"{len(files)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
+    print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
     for alignment, strides in (("corners", None), ("centres", model.teacher.strides)):
         low = model.score(maps(model, reference, strides, size))
         values = []

@@ -34,11 +34,10 @@ def choose_stages(checkpoint: Path, images: Path, every: int = 8, size: int = 25
     """
     seed_everything(0)
     model = AAND.load_from_checkpoint(checkpoint, visualizer=False).model.eval()
-    files = sorted(images.iterdir())[1::every]
-    normal = torch.stack([resize(read_image(file, as_tensor=True), [size, size]) for file in files]).clamp(0, 1)
+    normal = read_images(sorted(images.iterdir())[1::every], size)
     kinds = {name: features(model, batch) for name, batch in anomalies(normal).items()}
     reference = features(model, normal)
-    print(f"{len(files)} normal images; image AUROC by stages (strides) and kind: {', '.join(kinds)}; mean")
+    print(f"{len(normal)} normal images; image AUROC by stages (strides) and kind: {', '.join(kinds)}; mean")
     strides = model.teacher.strides
     for count in range(1, len(strides) + 1):
         for chosen in combinations(range(len(strides)), count):
@@ -46,6 +45,11 @@ def choose_stages(checkpoint: Path, images: Path, every: int = 8, size: int = 25
             values = [auroc(low, scores(model, kind, chosen, size)) for kind in kinds.values()]
             figures = " ".join(f"{value:.3f}" for value in [*values, sum(values) / len(values)])
             print(f"{[strides[i] for i in chosen]!s:12} {figures}")
+
+
+def read_images(files: list[Path], size: int) -> Tensor:
+    """Images in one batch, (B, 3, size, size), values in [0, 1]."""
+    return torch.stack([resize(read_image(file, as_tensor=True), [size, size]) for file in files]).clamp(0, 1)
 
 
 def anomalies(normal: Tensor) -> dict[str, Tensor]:

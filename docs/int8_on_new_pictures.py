@@ -13,6 +13,7 @@ from openvino import Core
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
+from anomalib_fractalad.benchmark.measure import FLOAT32
 from anomalib_fractalad.data._painters import PAINTERS, paint
 
 SEED = 800  # far from those of the data set
@@ -38,7 +39,7 @@ def int8_on_new_pictures(float32: Path, int8: Path, category: str, pictures: int
     labels = torch.tensor([0] * len(normal) + [1] * len(flawed))
     core = Core()
     for name, file, settings in (
-        ("float32", float32, {"INFERENCE_PRECISION_HINT": "f32"}),
+        ("float32", float32, FLOAT32),
         ("float32's file, OpenVINO's choice", float32, {}),
         ("INT8, OpenVINO's choice", int8, {}),
     ):
