@@ -18,7 +18,7 @@ from anomalib_fractalad.models.aand.loss import (
 )
 from anomalib_fractalad.models.aand.stages import Stage, StagePlan
 from anomalib_fractalad.models.aand.student import ResNetStudent, SmallStudent
-from anomalib_fractalad.models.aand.torch_model import GaussianSmoothing, distance_map
+from anomalib_fractalad.models.aand.torch_model import Alignment, GaussianSmoothing, distance_map
 
 numbers = np.load(GOLDEN / "aand.npz")
 shapes = [(1, 8, 64, 64), (1, 12, 32, 32), (1, 16, 16, 16)]
@@ -168,7 +168,9 @@ def test_losses_of_half_precision_are_computed_in_float32() -> None:
 def test_anomaly_map_agrees_with_the_published_code() -> None:
     summed = distance_map(teacher, student, (256, 256))
     close(summed[..., ::8, ::8], "map_sum")
-    close(GaussianSmoothing(4).double()(summed)[0, 0, ::8, ::8], "map_smoothed")
+    smooth = GaussianSmoothing(4).double()
+    close(smooth(summed)[0, 0, ::8, ::8], "map_smoothed")
+    close(distance_map(teacher, student, (256, 256), smooth=smooth)[0, 0, ::8, ::8], "map_smoothed")
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "test_resnet.r160_in1k", "convnext_atto"])
@@ -304,15 +306,15 @@ def test_each_stage_has_a_schedule_from_its_own_start() -> None:
     torch.testing.assert_close(second, torch.tensor([1.0] * 196 + [0.2] * 12 + [0.04] * 12))
 
 
-@pytest.mark.parametrize("strides", [(8, 16), (16,), (8, 16, 32)])
-def test_stages_of_other_strides(strides: tuple[int, ...]) -> None:
-    model = AANDModel("test_resnet", pre_trained=False, strides=strides).eval()
+@pytest.mark.parametrize(("strides", "alignment"), [((8, 16), "corners"), ((16,), "centres"), ((8, 16, 32), "centres")])
+def test_stages_of_other_strides(strides: tuple[int, ...], alignment: Alignment) -> None:
+    model = AANDModel("test_resnet", pre_trained=False, strides=strides, alignment=alignment).eval()
     images = torch.rand(2, 3, 100, 140)
     features = model.advanced_teacher(images)
     decoded = model.student(features)
     sizes = [(math.ceil(100 / stride), math.ceil(140 / stride)) for stride in strides]
     assert [stage.shape[-2:] for stage in features] == [stage.shape[-2:] for stage in decoded] == sizes
-    expected = model.smooth(distance_map(features, decoded, (100, 140)))
+    expected = model.smooth(distance_map(features, decoded, (100, 140), strides if alignment == "centres" else None))
     torch.testing.assert_close(model(images).anomaly_map, expected)
 
 
@@ -361,3 +363,19 @@ def test_a_stage_sees_most_at_the_centre_that_its_position_is_put_at() -> None:
 def test_an_unknown_alignment() -> None:
     with pytest.raises(ValueError, match="alignment 'middle' is unknown; use one of corners, centres"):
         AANDModel("test_resnet", pre_trained=False, alignment="middle")
+
+
+@pytest.mark.parametrize(("width", "layers"), [(5, [5, 5]), (None, [64, 64])])
+def test_width_of_the_amplifiers(width: int | None, layers: list[int]) -> None:
+    amplifier = ResidualAnomalyAmplification(32, width)
+    for stack in (amplifier.gate.query, amplifier.generator.scale):
+        assert [layer.out_channels for layer in stack[::2]] == [*layers, 32]
+    model = AANDModel("test_resnet", pre_trained=False, amplifier_width=width).eval()
+    for amplifier, channels in zip(model.amplifiers, model.teacher.channels, strict=True):
+        assert amplifier.gate.query[0].out_channels == (width or 2 * channels)
+    assert model(torch.rand(1, 3, 64, 64)).anomaly_map.shape == (1, 1, 64, 64)
+
+
+def test_amplifiers_without_width() -> None:
+    with pytest.raises(ValueError, match="amplifier_width is 0; it must be above 0"):
+        AANDModel("test_resnet", pre_trained=False, amplifier_width=0)

@@ -6,14 +6,63 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType
+from anomalib.models.components.base.export_mixin import ExportMixin
 from conftest import FLOAT32, small_engine
-from openvino import Core, Model, opset13
+from openvino import Core, Model, convert_model, opset13
 from test_all_models import small_model
 from torch.fx.graph_module import _loader as generated_code
 
 from anomalib_fractalad.models.components import DistillationModule
-from anomalib_fractalad.models.components.export import CONVOLUTIONS, quantize_features, symbolic_shapes
+from anomalib_fractalad.models.components.export import (
+    CONVOLUTIONS,
+    decide_constant_choices,
+    quantize_features,
+    symbolic_shapes,
+)
 from anomalib_fractalad.plugin import MODELS
+
+
+def test_arguments_of_the_conversion_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+    monkeypatch.setattr(ExportMixin, "to_openvino", lambda *_, ov_kwargs, **__: received.append(ov_kwargs))
+    model = small_model("FractalAD")
+    model.to_openvino(tmp_path)
+    model.to_openvino(tmp_path, ov_kwargs={"share_weights": False})
+    model.to_openvino(tmp_path, ov_kwargs={"extension": None})
+    assert received[0]["extension"] is not None
+    assert [list(arguments) for arguments in received] == [["extension"], ["extension", "share_weights"], ["extension"]]
+    assert received[2] == {"extension": None}
+
+
+class Choices(torch.nn.Module):
+    """Choices whose condition is true, false, both, or not known; the last one makes a scalar as large as the image."""
+
+    conditions: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("conditions", torch.tensor([True, False]))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        yes, no = self.conditions
+        return (
+            torch.where(yes, image + 1, 2 * image),
+            torch.where(no, image + 1, 2 * image),
+            torch.where(self.conditions, image + 1, 2 * image),
+            torch.where(image > 0, image + 1, 2 * image),
+            torch.where(yes, torch.tensor(3.0), image),
+        )
+
+
+def test_choices_come_out_as_they_would(tmp_path: Path) -> None:
+    image = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
+    file = tmp_path / "choices.onnx"
+    torch.onnx.export(Choices(), (image,), file, opset_version=18, verbose=False)
+    network = convert_model(file, extension=decide_constant_choices())
+    assert sum(operation.get_type_name() == "Select" for operation in network.get_ordered_ops()) == 3
+    found = Core().compile_model(network, "CPU", FLOAT32)(image.numpy()).values()
+    for ours, expected in zip(found, Choices()(image), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -27,6 +76,7 @@ def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp
     assert all(shapes.tracked_fakes is None for shapes in new)  # the cycle of references is cut
 
     operations = Core().read_model(file).get_ordered_ops()
+    assert "Select" not in {operation.get_type_name() for operation in operations}  # all choices were known beforehand
     quantised = {}
     for operation in operations:
         if operation.get_type_name() in CONVOLUTIONS:

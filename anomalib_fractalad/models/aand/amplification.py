@@ -20,12 +20,13 @@ class ResidualAnomalyAmplification(nn.Module):
 
     Args:
         channels: Channels of the features.
+        width: Channels of the hidden layers; left out, the published min(2 x channels, 1024).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int | None = None) -> None:
         super().__init__()
-        self.gate = MatchingGate(channels)
-        self.generator = ResidualGenerator(channels)
+        self.gate = MatchingGate(channels, width)
+        self.generator = ResidualGenerator(channels, width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Amplify anomalous positions, found by the gate.
@@ -49,14 +50,15 @@ class MatchingGate(nn.Module):
 
     Args:
         channels: Channels of the features.
+        width: Channels of the hidden layers; left out, the published min(2 x channels, 1024).
 
     Attributes:
         memory: (100, C): 50 normal and then 50 anomalous items.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int | None = None) -> None:
         super().__init__()
-        self.query = _pointwise_layers(channels)
+        self.query = _pointwise_layers(channels, width)
         self.memory = nn.Parameter(torch.randn(2 * MEMORY_ITEMS, channels))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -80,11 +82,12 @@ class ResidualGenerator(nn.Module):
 
     Args:
         channels: Channels of the features.
+        width: Channels of the hidden layers; left out, the published min(2 x channels, 1024).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int | None = None) -> None:
         super().__init__()
-        self.scale = _pointwise_layers(channels)
+        self.scale = _pointwise_layers(channels, width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Generate the residual.
@@ -126,8 +129,8 @@ def position_code(features: Tensor) -> Tensor:
     return torch.cat([column, row])[:channels].to(features.dtype)
 
 
-def _pointwise_layers(channels: int) -> nn.Sequential:
-    width = min(2 * channels, 1024)
+def _pointwise_layers(channels: int, width: int | None) -> nn.Sequential:
+    width = width or min(2 * channels, 1024)
     return nn.Sequential(
         nn.Conv2d(channels, width, kernel_size=1),
         nn.ReLU(),

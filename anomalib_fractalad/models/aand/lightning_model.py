@@ -71,6 +71,8 @@ class AAND(DistillationModule, AnomalibModule):
             to border, which shifts them by up to the stride; centres puts position i at pixel stride x i, the centre of
             what it sees in a CNN that pads evenly, as ResNets do. It can be changed when a checkpoint is loaded;
             validate once more then, for the thresholds.
+        amplifier_width: Channels of the hidden layers that amplify anomalies. Left out, twice those of the stage and at
+            most 1024, as published; few are much faster.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
@@ -108,6 +110,7 @@ class AAND(DistillationModule, AnomalibModule):
         top_share: float = 0.005,
         strides: Sequence[int] = PUBLISHED_STRIDES,
         alignment: Alignment = "corners",
+        amplifier_width: int | None = None,
         learning_rate: float = 0.005,
         epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -132,7 +135,9 @@ class AAND(DistillationModule, AnomalibModule):
         self.split = split
         self.generator = generator
         self.object_mode = object_mode
-        self.model = AANDModel(backbone, pre_trained, split[0] > 0, score, top_share, weights, strides, alignment)
+        self.model = AANDModel(
+            backbone, pre_trained, split[0] > 0, score, top_share, weights, strides, alignment, amplifier_width
+        )
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()

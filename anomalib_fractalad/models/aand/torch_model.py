@@ -16,6 +16,7 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     Reduction,
+    check_positive,
     cosine_distance,
     gaussian_blur,
     predict_by_tiles,
@@ -44,13 +45,15 @@ class AANDModel(nn.Module):
         alignment: How stages are brought to the image's size: ``corners`` (published) stretches them from border to
             border, ``centres`` puts position i at pixel stride x i, where its receptive field has its centre if
             convolutions pad evenly.
+        amplifier_width: Channels of the hidden layers that amplify anomalies; left out, the published min(2 x channels
+            of the stage, 1024).
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
 
     Raises:
-        ValueError: If the backbone lacks a level, or ``strides``, ``score``, ``top_share`` or ``alignment`` is out
-            of range.
+        ValueError: If the backbone lacks a level, or ``strides``, ``score``, ``top_share``, ``alignment`` or
+            ``amplifier_width`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -66,8 +69,10 @@ class AANDModel(nn.Module):
         weights: str | Path | None = None,
         strides: Sequence[int] = PUBLISHED_STRIDES,
         alignment: Alignment = "corners",
+        amplifier_width: int | None = None,
     ) -> None:
         super().__init__()
+        check_positive(amplifier_width=amplifier_width)
         _check_strides(strides)
         if alignment not in get_args(Alignment):
             msg = f"alignment {alignment!r} is unknown; use one of {', '.join(get_args(Alignment))}"
@@ -76,7 +81,9 @@ class AANDModel(nn.Module):
         self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, strides, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
-        self.amplifiers = nn.ModuleList(map(ResidualAnomalyAmplification, channels if amplification else []))
+        self.amplifiers = nn.ModuleList(
+            ResidualAnomalyAmplification(stage, amplifier_width) for stage in (channels if amplification else [])
+        )
         self.student = reverse_student(backbone, channels, strides)
         self.smooth = GaussianSmoothing(SIGMA)
 
@@ -89,20 +96,24 @@ class AANDModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x stages].
         """
-        anomaly_map = self.smooth(predict_by_tiles(self.predict_map, images, self.tiler))
+        if self.tiler is None:
+            anomaly_map = self.predict_map(images, self.smooth)
+        else:
+            anomaly_map = self.smooth(predict_by_tiles(self.predict_map, images, self.tiler))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
-    def predict_map(self, images: Tensor) -> Tensor:
-        """Predict anomaly maps of images as a whole, not yet smoothed.
+    def predict_map(self, images: Tensor, smooth: "GaussianSmoothing | None" = None) -> Tensor:
+        """Predict anomaly maps of images as a whole.
 
         Args:
             images: (B, 3, H, W), values in [0, 1].
+            smooth: Smooths the maps; left out, they stay as they are.
 
         Returns:
             (B, 1, H, W), values in [0, 2 x stages].
         """
         teacher = self.advanced_teacher(images)
-        return distance_map(teacher, self.student(teacher), images.shape[-2:], self.centre_strides)
+        return distance_map(teacher, self.student(teacher), images.shape[-2:], self.centre_strides, smooth)
 
     def advanced_teacher(self, images: Tensor) -> list[Tensor]:
         """Extract features and amplify them where they look anomalous.
@@ -124,8 +135,11 @@ def distance_map(
     student: Sequence[Tensor],
     size: Sequence[int],
     strides: Sequence[int] | None = None,
+    smooth: "GaussianSmoothing | None" = None,
 ) -> Tensor:
     """Sum over stages of 1 - cos(teacher, student), each brought to the image's size.
+
+    Interpolation and smoothing are linear, and the same for all rows and for all columns: two small matrices.
 
     Args:
         teacher: (B, C_i, H_i, W_i) for each stage.
@@ -133,25 +147,32 @@ def distance_map(
         size: Height and width of the image.
         strides: The stages' strides, to put position i at pixel stride x i. Left out, stages are stretched from border
             to border.
+        smooth: Smooths the sum; left out, it stays as it is.
 
     Returns:
         (B, 1, *size), values in [0, 2 x stages].
     """
-    distances = map(cosine_distance, teacher, student)
-    if strides is None:
-        return torch.stack([_stretch(distance, size) for distance in distances]).sum(dim=0)
-    return torch.stack([_centre(*stage, size) for stage in zip(distances, strides, strict=True)]).sum(dim=0)
+    maps = []
+    all_strides = [None] * len(teacher) if strides is None else strides
+    for distance, stride in zip(map(cosine_distance, teacher, student), all_strides, strict=True):
+        rows, columns = (
+            _spread(torch.eye(positions).to(distance), length, stride, smooth)
+            for positions, length in zip(distance.shape[-2:], size, strict=True)
+        )
+        maps.append(rows.mT @ distance.squeeze(1) @ columns)
+    return torch.stack(maps).sum(dim=0).unsqueeze(1)
 
 
-def _stretch(distance: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(distance, size=tuple(size), mode="bilinear", align_corners=True)
+def _spread(positions: Tensor, length: int, stride: int | None, smooth: "GaussianSmoothing | None") -> Tensor:
+    """Spread rows of positions (N, n) over pixels (N, length).
 
-
-def _centre(distance: Tensor, stride: int, size: Sequence[int]) -> Tensor:
-    """Position i at pixel stride x i, the centre of its receptive field where convolutions pad evenly."""
-    height, width = (stride * (positions - 1) + 1 for positions in distance.shape[-2:])
-    spread = _stretch(distance, (height, width))
-    return F.pad(spread, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+    Position i lies at pixel stride x i, the centre of its receptive field where convolutions pad evenly; without a
+    stride, positions are stretched from border to border.
+    """
+    covered = length if stride is None else stride * (positions.shape[-1] - 1) + 1
+    pixels = F.interpolate(positions.unsqueeze(0), size=covered, mode="linear", align_corners=True)
+    pixels = F.pad(pixels, (0, length - covered), mode="replicate")
+    return pixels.squeeze(0) if smooth is None else smooth.along_rows(pixels.unsqueeze(0)).flatten(0, 2)
 
 
 class GaussianSmoothing(nn.Module):
@@ -175,14 +196,21 @@ class GaussianSmoothing(nn.Module):
         Returns:
             (B, 1, H, W).
         """
-        smoothed: Tensor = self.blur(_mirror(_mirror(anomaly_map, self.radius, dim=2), self.radius, dim=3))
+        return self.along_rows(self.along_rows(anomaly_map.mT).mT)
+
+    def along_rows(self, anomaly_map: Tensor) -> Tensor:
+        """Smooth along rows only.
+
+        Args:
+            anomaly_map: (B, 1, H, W), W at least 4 sigma.
+
+        Returns:
+            (B, 1, H, W).
+        """
+        before = anomaly_map[..., : self.radius].flip(-1)
+        after = anomaly_map.flip(-1)[..., : self.radius]
+        smoothed: Tensor = self.blur[1](torch.cat([before, anomaly_map, after], dim=-1))
         return smoothed
-
-
-def _mirror(image: Tensor, width: int, dim: int) -> Tensor:
-    before = image.narrow(dim, 0, width).flip(dim)
-    after = image.flip(dim).narrow(dim, 0, width)
-    return torch.cat([before, image, after], dim=dim)
 
 
 def _check_strides(strides: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from torch.fx.graph_module import _loader as generated_code
 
 if TYPE_CHECKING:
     from openvino import Model
+    from openvino.frontend.onnx import ConversionExtension
 
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 IMAGE_CHANNELS = 3
@@ -42,6 +43,31 @@ def leave_nothing_behind() -> Iterator[None]:
 def symbolic_shapes() -> list[ShapeEnv]:
     """All that torch knows of symbolic shapes at present."""
     return [thing for thing in gc.get_objects() if type(thing) is ShapeEnv]
+
+
+def decide_constant_choices() -> "ConversionExtension":
+    """Have OpenVINO keep one branch of each choice whose condition is known, as it does not by itself.
+
+    anomalib's post-processing chooses, for the whole map, whether there are thresholds and a range to normalise by.
+
+    Returns:
+        An extension for :func:`openvino.convert_model`.
+    """
+    from openvino import opset13  # noqa: PLC0415
+    from openvino.frontend.onnx import ConversionExtension  # noqa: PLC0415
+
+    def where(node: Any) -> list[Any]:
+        condition, *branches = (node.get_input(i) for i in range(3))
+        choice = opset13.select(condition, *branches)
+        if condition.get_node().get_type_name() == "Constant":
+            known = condition.get_node().data
+            if known.all() or not known.any():
+                branch = branches[0] if known.all() else branches[1]
+                if branch.get_partial_shape() == choice.output(0).get_partial_shape():
+                    return [branch]
+        return list(choice.outputs())
+
+    return ConversionExtension("Where", where)
 
 
 def quantize_features(model: "Model", images: Any) -> "Model":

@@ -5,6 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +32,7 @@ from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
 from anomalib_fractalad.transforms.resize import keep_antialiasing
 
 from .checkpoint_io import AtomicCheckpointIO, check_checkpoint
-from .export import leave_nothing_behind, quantize_features
+from .export import decide_constant_choices, leave_nothing_behind, quantize_features
 from .tiling import make_tiler, tiler_settings
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
@@ -358,6 +359,21 @@ class DistillationModule(_Base):
                 self.name,
                 float(post_processor.normalized_image_threshold),
             )
+
+    def to_openvino(self, *args: Any, ov_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Path:
+        """Export to OpenVINO.
+
+        Args:
+            *args: As for anomalib's :meth:`to_openvino`.
+            ov_kwargs: Passed on to :func:`openvino.convert_model`.
+            **kwargs: As for anomalib's :meth:`to_openvino`.
+
+        Returns:
+            The .xml file.
+        """
+        if find_spec("openvino") is not None:  # or anomalib says that it is missing
+            ov_kwargs = {"extension": decide_constant_choices(), **(ov_kwargs or {})}
+        return super().to_openvino(*args, ov_kwargs=ov_kwargs, **kwargs)  # type: ignore[misc]
 
     @staticmethod
     def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
