@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -32,7 +33,6 @@ from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvi
 from anomalib_fractalad.plugin import MODELS
 
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
-MEMORY_ITEMS = 10_000
 
 
 def inference_speed(
@@ -43,10 +43,12 @@ def inference_speed(
     models: tuple[str, ...] = tuple(MODELS),
     runtimes: tuple[str, ...] = RUNTIMES,
     others: tuple[str, ...] = ("Draem", "Patchcore"),
+    arguments: dict[str, dict[str, object]] | None = None,
+    memory_items: int = 10_000,
 ) -> dict[str, float]:
     """Print the median latency of one image in memory, with pre- and post-processing, and ratios.
 
-    Weights are random: they do not change the time. PatchCore has a WideResNet-50 and 10,000 memory items. Of the
+    Weights are random: they do not change the time. PatchCore has a WideResNet-50 unless told otherwise. Of the
     runtimes, openvino_fp32 computes in FP32, openvino_fp16 in what OpenVINO chooses: bfloat16 where the processor can.
 
     Args:
@@ -57,6 +59,8 @@ def inference_speed(
         models: Models of the package to time in every runtime.
         runtimes: Runtimes for the package's models, torch among them.
         others: Models of anomalib to time in torch.
+        arguments: Further arguments of models, by the model's name, such as {"AAND": {"strides": [8, 16]}}.
+        memory_items: Size of PatchCore's memory.
 
     Returns:
         Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it, to
@@ -74,7 +78,10 @@ def inference_speed(
     with TemporaryDirectory() as temporary:
         inferencers, flops = {}, {}
         for name, where in wanted.items():
-            model = _set_thresholds(_make(name, backbone, image_size))
+            model = _make(name, backbone, image_size, (arguments or {}).get(name, {}))
+            if name == "Patchcore":
+                _fill_memory(model, memory_items)
+            _set_thresholds(model)
             flops[name] = _gigaflops(model, image)
             for runtime in where:
                 inferencers[name, runtime] = _export(model, runtime, Path(temporary) / name, image, threads)
@@ -99,27 +106,30 @@ def inference_speed(
     return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
 
 
-def _make(name: str, backbone: str, image_size: int) -> AnomalibModule:
-    resize = PreProcessor(transform=Resize((image_size, image_size), antialias=True))
-    arguments: dict[str, Any] = {"evaluator": False, "visualizer": False, "pre_processor": resize}
-    if name in MODELS:
-        return get_model(name, backbone=backbone, pre_trained=False, **arguments)
-    if name == "Patchcore":
-        model = get_model(name, backbone="wide_resnet50_2", pre_trained=False, **arguments).eval()
-        network: Any = model.model
-        features = network.feature_extractor(torch.rand(1, 3, 64, 64))
-        network.memory_bank = torch.rand(MEMORY_ITEMS, sum(layer.shape[1] for layer in features.values()))
-        return model
+def _make(name: str, backbone: str, image_size: int, given: Mapping[str, object]) -> AnomalibModule:
+    arguments: dict[str, Any] = {
+        "evaluator": False,
+        "visualizer": False,
+        "pre_processor": PreProcessor(transform=Resize((image_size, image_size), antialias=True)),
+    }
+    if name in MODELS or name == "Patchcore":
+        arguments |= {"backbone": backbone if name in MODELS else "wide_resnet50_2", "pre_trained": False}
     if name == "Draem":
         arguments["dtd_dir"] = Path(__file__).parent  # a folder without images, in place of a download
-    return get_model(name, **arguments)
+    return get_model(name, **{**arguments, **given})
 
 
-def _set_thresholds(model: AnomalibModule) -> AnomalibModule:
+def _fill_memory(model: AnomalibModule, items: int) -> None:
+    network: Any = model.eval().model
+    features = network.feature_extractor(torch.rand(1, 3, 64, 64))
+    network.memory_bank = torch.rand(items, sum(layer.shape[1] for layer in features.values()))
+
+
+def _set_thresholds(model: AnomalibModule) -> None:
     """Give the post-processor of an untrained model the range [0, 1], and 0.5 as threshold."""
     for name, value in cast("PostProcessor", model.post_processor).named_buffers():
         value.fill_({"max": 1.0, "min": 0.0}.get(name[-3:], 0.5))
-    return model.eval()
+    model.eval()
 
 
 def _export(model: AnomalibModule, runtime: str, folder: Path, image: Tensor, threads: int) -> Inferencer:

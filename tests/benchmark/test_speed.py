@@ -2,14 +2,18 @@
 """The speed benchmarks measure what they say; how fast it is, is not tested."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from anomalib.deploy import TorchInferencer
 
 from anomalib_fractalad.benchmark import image_size as image_size_benchmark
 from anomalib_fractalad.benchmark.generator_speed import generator_speed
 from anomalib_fractalad.benchmark.image_size import image_size
 from anomalib_fractalad.benchmark.inference_speed import inference_speed
 from anomalib_fractalad.benchmark.loading_speed import loading_speed
+from anomalib_fractalad.benchmark.measure import seconds_each
 from anomalib_fractalad.benchmark.training_speed import _keep_gradients, _make, training_speed
 
 
@@ -52,9 +56,28 @@ def test_the_memory_comparison_keeps_gradients_everywhere(keep: bool) -> None:
 
 
 def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anomalib_fractalad.benchmark.inference_speed.MEMORY_ITEMS", 100)
-    arguments = {"models": ("FractalAD",), "runtimes": ("torch", "openvino_fp32"), "others": ("Patchcore",)}
-    seconds = inference_speed("test_resnet", image_size=64, repetitions=1, **arguments)
+    memories = []
+
+    def predict(inferencer: Any, images: Any) -> list[float]:
+        if isinstance(inferencer, TorchInferencer):
+            memories.append(getattr(inferencer.model.model, "memory_bank", torch.empty(0, 0)).shape)
+        return seconds_each(inferencer, images)
+
+    monkeypatch.setattr("anomalib_fractalad.benchmark.inference_speed.seconds_each", predict)
+    seconds = inference_speed(
+        "test_resnet",
+        image_size=64,
+        repetitions=1,
+        models=("FractalAD",),
+        runtimes=("torch", "openvino_fp32"),
+        others=("Patchcore",),
+        arguments={
+            "FractalAD": {"distillation": False},
+            "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"]},
+        },
+        memory_items=100,
+    )
+    assert memories == [(0, 0), (100, 240)]
     assert set(seconds) == {"FractalAD torch", "FractalAD openvino_fp32", "Patchcore torch"}
     ratio = seconds["Patchcore torch"] / seconds["FractalAD openvino_fp32"]
     assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
