@@ -5,6 +5,7 @@ Run as ``python -m anomalib_fractalad.benchmark --config configs/benchmark.yaml`
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -83,6 +84,7 @@ def _is_missing(job: Job, output: Path, retry: bool) -> bool:
 
 def main() -> None:
     """Run the command; a mistake in the configuration is told in one line."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # between those two
     try:
         auto_cli(benchmark, as_positional=False, prog="python -m anomalib_fractalad.benchmark")
     except ValueError as error:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of several models to take, chosen without test images: synthetic anomalies in normal training images.
+
+python docs/choose_model.py --checkpoints "[a.ckpt, b.ckpt]" --images PATH
+"""
+
+from pathlib import Path
+
+import torch
+from choose_alignment import VISIBLE
+from choose_stages import anomalies, auroc, read_images
+from jsonargparse import auto_cli
+from lightning import seed_everything
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchmetrics.functional.classification import binary_average_precision
+
+from anomalib_fractalad import AAND
+
+
+def choose_model(checkpoints: list[Path], images: Path, every: int = 1, size: int = 256) -> None:
+    """Print pixel AP and image AUROC of each model, by kind of synthetic anomaly.
+
+    Args:
+        checkpoints: Trained AANDs, each of which resizes images as it was trained to.
+        images: A folder of normal images, best of such as no model was trained on.
+        every: Take every n-th image.
+        size: Height and width that anomalies are made in, and maps compared in.
+    """
+    seed_everything(0)
+    normal = read_images(sorted(images.iterdir())[::every], size)
+    kinds = anomalies(normal)
+    print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
+    for checkpoint in checkpoints:
+        model = AAND.load_from_checkpoint(checkpoint, visualizer=False).eval()
+        _, low = predict(model, normal)
+        values = []
+        for batch in kinds.values():
+            maps, scores = predict(model, batch)
+            changed = (batch - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
+            values.append([float(binary_average_precision(maps, changed.long())), auroc(low, scores)])
+        rows = [*values, torch.tensor(values).mean(dim=0).tolist()]
+        print(checkpoint.name, "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows))
+
+
+@torch.inference_mode()
+def predict(model: AAND, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps at the images' size, and scores."""
+    outputs = [model.model(model.pre_processor(batch)) for batch in images.split(16)]
+    maps = torch.cat([output.anomaly_map for output in outputs])
+    return interpolate(maps, size=images.shape[-2:], mode="bilinear"), torch.cat([o.pred_score for o in outputs])
+
+
+if __name__ == "__main__":
+    auto_cli(choose_model, as_positional=False)
