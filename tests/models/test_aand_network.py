@@ -173,6 +173,14 @@ def test_anomaly_map_agrees_with_the_published_code() -> None:
     close(distance_map(teacher, student, (256, 256), smooth=smooth)[0, 0, ::8, ::8], "map_smoothed")
 
 
+def test_anomaly_maps_lose_nothing_under_autocast() -> None:
+    features, decoded = ([torch.randn(2, 8, 16, 16)] for _ in range(2))
+    smooth = GaussianSmoothing(4)
+    expected = distance_map(features, decoded, (128, 128), smooth=smooth)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(distance_map(features, decoded, (128, 128), smooth=smooth), expected)
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "test_resnet.r160_in1k", "convnext_atto"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (70, 133)])
 def test_maps_have_the_size_of_the_image(backbone: str, size: tuple[int, int]) -> None:

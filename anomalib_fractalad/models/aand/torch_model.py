@@ -155,11 +155,12 @@ def distance_map(
     maps = []
     all_strides = [None] * len(teacher) if strides is None else strides
     for distance, stride in zip(map(cosine_distance, teacher, student), all_strides, strict=True):
-        rows, columns = (
-            _spread(torch.eye(positions).to(distance), length, stride, smooth)
-            for positions, length in zip(distance.shape[-2:], size, strict=True)
-        )
-        maps.append(rows.mT @ distance.squeeze(1) @ columns)
+        with torch.autocast(distance.device.type, enabled=False):
+            rows, columns = (
+                _spread(torch.eye(positions).to(distance), length, stride, smooth)
+                for positions, length in zip(distance.shape[-2:], size, strict=True)
+            )
+            maps.append(rows.mT @ distance.squeeze(1) @ columns)
     return torch.stack(maps).sum(dim=0).unsqueeze(1)
 
 
