@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -300,5 +301,5 @@ def _draw_sheet(jobs: Sequence[Job], output: Path) -> Figure | None:
                 axes.set_title(Path(sheet[number]["image_path"]).parent.name, fontsize=9)
             if row in shown and "score" in record.content["sheet"][number]:
                 axes.set_xlabel(f"{record.content['sheet'][number]['score']:.2f}", fontsize=8)
-        line[0].set_ylabel(row, fontsize=9)
+        line[0].set_ylabel(fill(row, 16), fontsize=9)
     return figure
