@@ -32,7 +32,7 @@ def choose_model(checkpoints: list[Path], images: Path, every: int = 1, size: in
     kinds = anomalies(normal)
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
     for checkpoint in checkpoints:
-        model = AAND.load_from_checkpoint(checkpoint, visualizer=False).eval()
+        model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
         _, low = predict(model, normal)
         values = []
         for batch in kinds.values():
@@ -40,7 +40,7 @@ def choose_model(checkpoints: list[Path], images: Path, every: int = 1, size: in
             changed = (batch - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
             values.append([float(binary_average_precision(maps, changed.long())), auroc(low, scores)])
         rows = [*values, torch.tensor(values).mean(dim=0).tolist()]
-        print(checkpoint.name, "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows))
+        print(checkpoint, "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows))
 
 
 @torch.inference_mode()

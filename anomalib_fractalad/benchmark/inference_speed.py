@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
+from anomalib_fractalad.models.components import check_positive
 from anomalib_fractalad.plugin import MODELS
 
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
@@ -43,7 +44,7 @@ def inference_speed(
     models: tuple[str, ...] = tuple(MODELS),
     runtimes: tuple[str, ...] = RUNTIMES,
     others: tuple[str, ...] = ("Draem", "Patchcore"),
-    arguments: dict[str, dict[str, object]] | None = None,
+    arguments: dict[str, dict[str, Any]] | None = None,
     memory_items: int = 10_000,
 ) -> dict[str, float]:
     """Print the median latency of one image in memory, with pre- and post-processing, and ratios.
@@ -65,23 +66,27 @@ def inference_speed(
     Returns:
         Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it, to
         be compared with the rate of a large matrix product.
+
+    Raises:
+        ValueError: If arguments are given for a model that is not timed, or the memory is empty.
     """
+    check_positive(memory_items=memory_items)
+    wanted = {**dict.fromkeys(models, runtimes), **dict.fromkeys(others, ("torch",))}
+    if unknown := sorted((arguments or {}).keys() - wanted.keys()):
+        msg = f"arguments are for {', '.join(unknown)}; timed are {', '.join(wanted)}"
+        raise ValueError(msg)
     warnings.filterwarnings("ignore")
     logging.getLogger("anomalib").setLevel(logging.ERROR)
     logging.getLogger("nncf").setLevel(logging.ERROR)
     os.environ["TRUST_REMOTE_CODE"] = "1"  # the files are written below
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    wanted = {**dict.fromkeys(models, runtimes), **dict.fromkeys(others, ("torch",))}
     image = torch.rand(3, image_size, image_size)
     pictures: dict[str, Any] = {"torch": image, "openvino": image.permute(1, 2, 0).numpy()}
     with TemporaryDirectory() as temporary:
         inferencers, flops = {}, {}
         for name, where in wanted.items():
-            model = _make(name, backbone, image_size, (arguments or {}).get(name, {}))
-            if name == "Patchcore":
-                _fill_memory(model, memory_items)
-            _set_thresholds(model)
+            model = _make(name, backbone, image_size, (arguments or {}).get(name, {}), memory_items)
             flops[name] = _gigaflops(model, image)
             for runtime in where:
                 inferencers[name, runtime] = _export(model, runtime, Path(temporary) / name, image, threads)
@@ -106,7 +111,7 @@ def inference_speed(
     return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
 
 
-def _make(name: str, backbone: str, image_size: int, given: Mapping[str, object]) -> AnomalibModule:
+def _make(name: str, backbone: str, image_size: int, given: Mapping[str, Any], memory_items: int) -> AnomalibModule:
     arguments: dict[str, Any] = {
         "evaluator": False,
         "visualizer": False,
@@ -116,7 +121,11 @@ def _make(name: str, backbone: str, image_size: int, given: Mapping[str, object]
         arguments |= {"backbone": backbone if name in MODELS else "wide_resnet50_2", "pre_trained": False}
     if name == "Draem":
         arguments["dtd_dir"] = Path(__file__).parent  # a folder without images, in place of a download
-    return get_model(name, **{**arguments, **given})
+    model = get_model(name, **{**arguments, **given})
+    if name == "Patchcore":
+        _fill_memory(model, memory_items)
+    _set_thresholds(model)
+    return model
 
 
 def _fill_memory(model: AnomalibModule, items: int) -> None:

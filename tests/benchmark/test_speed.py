@@ -83,6 +83,18 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"arguments": {"Aand": {}}}, "arguments are for Aand; timed are FractalAD, ADPS, AAND, Draem, Patchcore"),
+        ({"memory_items": 0}, "memory_items is 0; it must be above 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_timed(mistake: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inference_speed(**mistake)
+
+
 def test_image_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_size_benchmark, "_in_a_process", lambda function, arguments: function(*arguments))
     image_size(sizes=(64,), models=("AAND",), tasks=("train 1", "torch"), backbone="test_resnet")

@@ -349,3 +349,10 @@ def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:
     _, model = watch(tmp_path, tiles, {"max_epochs": 2, "precision": "bf16-mixed"})
     assert all(parameter.isfinite().all() for parameter in model.model.parameters())
     prediction(model)
+
+
+def test_the_width_of_the_amplifiers_reaches_the_network() -> None:
+    model = small_model(amplifier_width=5, strides=[8, 16], alignment="centres", split=(1, 1))
+    assert [amplifier.gate.query[0].out_channels for amplifier in model.model.amplifiers] == [5, 5]
+    assert model.model.centre_strides == (8, 16)
+    assert model.hparams["amplifier_width"] == 5

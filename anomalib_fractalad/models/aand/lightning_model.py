@@ -136,7 +136,15 @@ class AAND(DistillationModule, AnomalibModule):
         self.generator = generator
         self.object_mode = object_mode
         self.model = AANDModel(
-            backbone, pre_trained, split[0] > 0, score, top_share, weights, strides, alignment, amplifier_width
+            backbone,
+            pre_trained,
+            amplification=split[0] > 0,
+            score=score,
+            top_share=top_share,
+            weights=weights,
+            strides=strides,
+            alignment=alignment,
+            amplifier_width=amplifier_width,
         )
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()

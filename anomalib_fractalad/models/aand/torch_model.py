@@ -2,6 +2,7 @@
 """The network of AAND: a frozen teacher with amplified anomalies, and a student that knows normal features."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,6 +21,7 @@ from anomalib_fractalad.models.components import (
     cosine_distance,
     gaussian_blur,
     predict_by_tiles,
+    resample,
 )
 
 from .amplification import ResidualAnomalyAmplification
@@ -139,7 +141,7 @@ def distance_map(
 ) -> Tensor:
     """Sum over stages of 1 - cos(teacher, student), each brought to the image's size.
 
-    Interpolation and smoothing are linear, and the same for all rows and for all columns: two small matrices.
+    Interpolation and smoothing are both linear, and done at once.
 
     Args:
         teacher: (B, C_i, H_i, W_i) for each stage.
@@ -152,26 +154,23 @@ def distance_map(
     Returns:
         (B, 1, *size), values in [0, 2 x stages].
     """
-    maps = []
     all_strides = [None] * len(teacher) if strides is None else strides
-    for distance, stride in zip(map(cosine_distance, teacher, student), all_strides, strict=True):
-        with torch.autocast(distance.device.type, enabled=False):
-            rows, columns = (
-                _spread(torch.eye(positions).to(distance), length, stride, smooth)
-                for positions, length in zip(distance.shape[-2:], size, strict=True)
-            )
-            maps.append(rows.mT @ distance.squeeze(1) @ columns)
-    return torch.stack(maps).sum(dim=0).unsqueeze(1)
+    distances = map(cosine_distance, teacher, student)
+    maps = [
+        resample(distance, size, partial(_spread, stride=stride, smooth=smooth))
+        for distance, stride in zip(distances, all_strides, strict=True)
+    ]
+    return torch.stack(maps).sum(dim=0)
 
 
-def _spread(positions: Tensor, length: int, stride: int | None, smooth: "GaussianSmoothing | None") -> Tensor:
+def _spread(rows: Tensor, length: int, stride: int | None, smooth: "GaussianSmoothing | None") -> Tensor:
     """Spread rows of positions (N, n) over pixels (N, length).
 
     Position i lies at pixel stride x i, the centre of its receptive field where convolutions pad evenly; without a
     stride, positions are stretched from border to border.
     """
-    covered = length if stride is None else stride * (positions.shape[-1] - 1) + 1
-    pixels = F.interpolate(positions.unsqueeze(0), size=covered, mode="linear", align_corners=True)
+    covered = length if stride is None else stride * (rows.shape[-1] - 1) + 1
+    pixels = F.interpolate(rows.unsqueeze(0), size=covered, mode="linear", align_corners=True)
     pixels = F.pad(pixels, (0, length - covered), mode="replicate")
     return pixels.squeeze(0) if smooth is None else smooth.along_rows(pixels.unsqueeze(0)).flatten(0, 2)
 
@@ -197,7 +196,8 @@ class GaussianSmoothing(nn.Module):
         Returns:
             (B, 1, H, W).
         """
-        return self.along_rows(self.along_rows(anomaly_map.mT).mT)
+        with torch.autocast(anomaly_map.device.type, enabled=False):
+            return self.along_rows(self.along_rows(anomaly_map.mT).mT)
 
     def along_rows(self, anomaly_map: Tensor) -> Tensor:
         """Smooth along rows only.
@@ -208,8 +208,8 @@ class GaussianSmoothing(nn.Module):
         Returns:
             (B, 1, H, W).
         """
-        before = anomaly_map[..., : self.radius].flip(-1)
-        after = anomaly_map.flip(-1)[..., : self.radius]
+        before = anomaly_map.narrow(-1, 0, self.radius).flip(-1)
+        after = anomaly_map.flip(-1).narrow(-1, 0, self.radius)
         smoothed: Tensor = self.blur[1](torch.cat([before, anomaly_map, after], dim=-1))
         return smoothed
 

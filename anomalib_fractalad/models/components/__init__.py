@@ -5,6 +5,7 @@ from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
 from .lightning_module import DistillationModule, check_positive
+from .resampling import resample
 from .score import ImageScore, Reduction
 from .smoothing import gaussian_blur
 from .tiling import predict_by_tiles
@@ -22,4 +23,5 @@ __all__ = [
     "cosine_distance",
     "gaussian_blur",
     "predict_by_tiles",
+    "resample",
 ]

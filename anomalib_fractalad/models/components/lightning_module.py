@@ -365,14 +365,16 @@ class DistillationModule(_Base):
 
         Args:
             *args: As for anomalib's :meth:`to_openvino`.
-            ov_kwargs: Passed on to :func:`openvino.convert_model`.
+            ov_kwargs: Passed on to :func:`openvino.convert_model`; an ``extension`` comes beside the package's own.
             **kwargs: As for anomalib's :meth:`to_openvino`.
 
         Returns:
             The .xml file.
         """
         if find_spec("openvino") is not None:  # or anomalib says that it is missing
-            ov_kwargs = {"extension": decide_constant_choices(), **(ov_kwargs or {})}
+            given = (ov_kwargs or {}).get("extension") or []
+            extensions = [decide_constant_choices(), *(given if isinstance(given, list) else [given])]
+            ov_kwargs = {**(ov_kwargs or {}), "extension": extensions}
         return super().to_openvino(*args, ov_kwargs=ov_kwargs, **kwargs)  # type: ignore[misc]
 
     @staticmethod

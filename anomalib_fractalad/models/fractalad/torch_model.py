@@ -19,6 +19,7 @@ from anomalib_fractalad.models.components import (
     Reduction,
     cosine_distance,
     predict_by_tiles,
+    resample,
 )
 
 STRIDES = (4, 8, 16, 32)
@@ -199,10 +200,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring maps to the image's size; in exported models by two matrix products.
-
-    What comes from OpenVINO's interpolation has its channels last, and with one channel, all further work on such a map
-    is done pixel by pixel: a hundred times slower than on rows.
+    """Bring maps to the image's size; in exported models by matrices, for OpenVINO.
 
     Args:
         maps: (B, 1, h, w).
@@ -211,13 +209,11 @@ def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         (B, 1, *size).
     """
-    if not torch.compiler.is_compiling():
-        return _resize(maps, size)
-    rows, columns = (
-        F.interpolate(torch.eye(short).to(maps).unsqueeze(0), size=long, mode="linear").squeeze(0)
-        for short, long in zip(maps.shape[-2:], size, strict=True)
-    )
-    return (rows.mT @ maps.squeeze(1) @ columns).unsqueeze(1)
+    return resample(maps, size, _stretch) if torch.compiler.is_compiling() else _resize(maps, size)
+
+
+def _stretch(rows: Tensor, length: int) -> Tensor:
+    return F.interpolate(rows.unsqueeze(0), size=length, mode="linear").squeeze(0)
 
 
 def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
