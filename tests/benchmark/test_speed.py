@@ -86,7 +86,7 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"arguments": {"Aand": {}}}, "arguments are for Aand; timed are FractalAD, ADPS, AAND, Draem, Patchcore"),
+        ({"arguments": {"Aand": {}}}, "arguments are for Aand; timed are AAND, ADPS, FractalAD, Draem, Patchcore"),
         ({"memory_items": 0}, "memory_items is 0; it must be above 0"),
     ],
 )
