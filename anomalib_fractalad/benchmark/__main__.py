@@ -84,7 +84,7 @@ def _is_missing(job: Job, output: Path, retry: bool) -> bool:
 
 def main() -> None:
     """Run the command; a mistake in the configuration is told in one line."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # between those two
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not the user's doing
     try:
         auto_cli(benchmark, as_positional=False, prog="python -m anomalib_fractalad.benchmark")
     except ValueError as error:
