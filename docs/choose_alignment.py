@@ -40,10 +40,20 @@ def choose_alignment(checkpoint: Path, images: Path, every: int = 1, size: int =
         values = []
         for name, batch in kinds.items():
             found = maps(model, stages[name], strides, size)
-            changed = (batch - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
-            values.append([float(binary_average_precision(found, changed.long())), auroc(low, model.score(found))])
-        rows = [*values, torch.tensor(values).mean(dim=0).tolist()]
-        print(alignment, "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows))
+            values.append([pixel_precision(found, batch, normal), auroc(low, model.score(found))])
+        print(alignment, table_row(values))
+
+
+def pixel_precision(maps: Tensor, images: Tensor, normal: Tensor) -> float:
+    """Average precision of the pixels that differ visibly from normal images (B, 3, H, W)."""
+    changed = (images - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
+    return float(binary_average_precision(maps, changed.long()))
+
+
+def table_row(values: list[list[float]]) -> str:
+    """Pairs of figures, and their mean."""
+    rows = [*values, torch.tensor(values).mean(dim=0).tolist()]
+    return "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows)
 
 
 @torch.inference_mode()

@@ -7,13 +7,12 @@ python docs/choose_model.py --checkpoints "[a.ckpt, b.ckpt]" --images PATH
 from pathlib import Path
 
 import torch
-from choose_alignment import VISIBLE
+from choose_alignment import pixel_precision, table_row
 from choose_stages import anomalies, auroc, read_images
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_fractalad import AAND
 
@@ -37,10 +36,8 @@ def choose_model(checkpoints: list[Path], images: Path, every: int = 1, size: in
         values = []
         for batch in kinds.values():
             maps, scores = predict(model, batch)
-            changed = (batch - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
-            values.append([float(binary_average_precision(maps, changed.long())), auroc(low, scores)])
-        rows = [*values, torch.tensor(values).mean(dim=0).tolist()]
-        print(checkpoint, "  ".join(f"{precision:.3f} {area:.3f}" for precision, area in rows))
+            values.append([pixel_precision(maps, batch, normal), auroc(low, scores)])
+        print(checkpoint, table_row(values))
 
 
 @torch.inference_mode()

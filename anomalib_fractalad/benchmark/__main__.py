@@ -4,6 +4,7 @@
 Run as ``python -m anomalib_fractalad.benchmark --config configs/benchmark.yaml``.
 """
 
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -92,4 +93,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # An exception, so that the running job is ended too: it has a session of its own and gets no signals from here.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     main()

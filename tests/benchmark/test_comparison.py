@@ -2,11 +2,16 @@
 """The whole command, on tiny data, and the metrics against a second way of computing them."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from anomalib.data import ImageBatch
@@ -141,6 +146,20 @@ def test_running_out_of_time(tile_root: Path, tmp_path: Path) -> None:
     assert results.reason.str.startswith("ran out of time: 0.01 s were over in the stage 'starting'").all()
     run(tmp_path, [EFFICIENTAD], tile_root, retry=True)
     assert list(pd.read_csv(tmp_path / "results.csv").status) == ["failed"]
+
+
+def test_ending_the_command_ends_its_job(tile_root: Path, tmp_path: Path) -> None:
+    arguments = ["--models", json.dumps([PADIM]), "--data", json.dumps([folder(tile_root)]), "--output", str(tmp_path)]
+    command = subprocess.Popen([sys.executable, "-m", "anomalib_fractalad.benchmark", *arguments])
+    try:
+        while not (jobs := psutil.Process(command.pid).children()):
+            assert command.poll() is None
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    finally:
+        command.kill()
+    assert not any(job.is_running() for job in jobs)
 
 
 def test_metrics_agree_with_scikit_learn(tmp_path: Path) -> None:
