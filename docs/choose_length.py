@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long AAND's stage II should be, chosen without test images: synthetic anomalies in normal training images.
+
+python docs/choose_length.py --checkpoint model.ckpt --images PATH --held PATH
+"""
+
+from pathlib import Path
+
+import torch
+from choose_alignment import pixel_precision, table_row
+from choose_model import predict
+from choose_stages import anomalies, auroc, read_images
+from jsonargparse import auto_cli
+from lightning import seed_everything
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from anomalib_fractalad import AAND
+from anomalib_fractalad.models.aand.stages import Stage, StagePlan
+from anomalib_fractalad.models.aand.student import reverse_student
+
+
+def choose_length(
+    checkpoint: Path,
+    images: Path,
+    held: Path,
+    epochs: tuple[int, ...] = (6, 18),
+    batch_size: int = 16,
+    size: int = 256,
+) -> None:
+    """Print pixel AP and image AUROC of a student trained anew for each length, by kind of synthetic anomaly.
+
+    The advanced teacher does not change in stage II, so that its features are computed once.
+
+    Args:
+        checkpoint: A trained AAND, whose amplifiers are taken.
+        images: A folder of normal images to train on.
+        held: A folder of normal images that the model was not trained on, to make anomalies in.
+        epochs: Lengths of stage II to try.
+        batch_size: Number of images in a batch.
+        size: Height and width that images are resized to.
+    """
+    seed_everything(0)
+    model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
+    normal = read_images(sorted(held.iterdir()), size)
+    kinds = anomalies(normal)
+    stages = advanced_features(model, sorted(images.iterdir()), size)
+    print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
+    for length in epochs:
+        train_student(model, stages, length, batch_size)
+        _, low = predict(model.eval(), normal)
+        values = []
+        for batch in kinds.values():
+            maps, scores = predict(model, batch)
+            values.append([pixel_precision(maps, batch, normal), auroc(low, scores)])
+        print(f"{length} epochs  {table_row(values)}", flush=True)
+
+
+@torch.inference_mode()
+def advanced_features(model: AAND, files: list[Path], size: int) -> list[Tensor]:
+    """Features of all images, for each stage, in half of their precision."""
+    batches = [
+        model.model.advanced_teacher(model.pre_processor(read_images(files[first : first + 16], size)))
+        for first in range(0, len(files), 16)
+    ]
+    return [torch.cat(stage).bfloat16() for stage in zip(*batches, strict=True)]
+
+
+def train_student(model: AAND, stages: list[Tensor], epochs: int, batch_size: int) -> None:
+    """Stage II with a new student."""
+    seed_everything(0)
+    teacher = model.model.teacher
+    student = model.model.student = reverse_student(model.hparams["backbone"], teacher.channels, teacher.strides)
+    optimizer = Adam(student.parameters(), lr=model.learning_rate, betas=(0.5, 0.999))
+    count = len(stages[0])
+    plan = StagePlan(0, epochs * -(-count // batch_size))
+    schedule = LambdaLR(optimizer, lambda step: plan.lr_factor(Stage.DISTILLATION, step))
+    for _ in range(epochs):
+        for chosen in torch.randperm(count).split(batch_size):
+            features = [stage[chosen] for stage in stages]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model.distillation_loss(features, student(features))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+if __name__ == "__main__":
+    auto_cli(choose_length, as_positional=False)
