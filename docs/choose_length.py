@@ -64,7 +64,8 @@ def advanced_features(model: AAND, files: list[Path], size: int) -> list[Tensor]
         model.model.advanced_teacher(model.pre_processor(read_images(files[first : first + 16], size)))
         for first in range(0, len(files), 16)
     ]
-    return [torch.cat(stage).bfloat16() for stage in zip(*batches, strict=True)]
+    # As convolutions on a CPU like them.
+    return [torch.cat(s).to(torch.bfloat16, memory_format=torch.channels_last) for s in zip(*batches, strict=True)]
 
 
 def train_student(model: AAND, stages: list[Tensor], epochs: int, batch_size: int) -> None:
