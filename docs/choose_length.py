@@ -7,9 +7,8 @@ python docs/choose_length.py --checkpoint model.ckpt --images PATH --held PATH
 from pathlib import Path
 
 import torch
-from choose_alignment import pixel_precision, table_row
-from choose_model import predict
-from choose_stages import anomalies, auroc, read_images
+from choose_model import evaluate
+from choose_stages import anomalies, read_images
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from torch import Tensor
@@ -49,12 +48,7 @@ def choose_length(
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
     for length in epochs:
         train_student(model, stages, length, batch_size)
-        _, low = predict(model.eval(), normal)
-        values = []
-        for batch in kinds.values():
-            maps, scores = predict(model, batch)
-            values.append([pixel_precision(maps, batch, normal), auroc(low, scores)])
-        print(f"{length} epochs  {table_row(values)}", flush=True)
+        print(f"{length} epochs  {evaluate(model.eval(), normal, kinds)}", flush=True)
 
 
 @torch.inference_mode()

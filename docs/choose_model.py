@@ -32,12 +32,17 @@ def choose_model(checkpoints: list[Path], images: Path, every: int = 1, size: in
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
     for checkpoint in checkpoints:
         model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
-        _, low = predict(model, normal)
-        values = []
-        for batch in kinds.values():
-            maps, scores = predict(model, batch)
-            values.append([pixel_precision(maps, batch, normal), auroc(low, scores)])
-        print(checkpoint, table_row(values))
+        print(checkpoint, evaluate(model, normal, kinds))
+
+
+def evaluate(model: AAND, normal: Tensor, kinds: dict[str, Tensor]) -> str:
+    """Pixel AP and image AUROC by kind of synthetic anomaly, and their means."""
+    _, low = predict(model, normal)
+    values = []
+    for batch in kinds.values():
+        maps, scores = predict(model, batch)
+        values.append([pixel_precision(maps, batch, normal), auroc(low, scores)])
+    return table_row(values)
 
 
 @torch.inference_mode()
