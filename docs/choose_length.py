@@ -12,11 +12,9 @@ from choose_stages import anomalies, read_images
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from torch import Tensor
-from torch.optim import Adam
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_fractalad import AAND
-from anomalib_fractalad.models.aand.stages import Stage, StagePlan
+from anomalib_fractalad.models.aand.stages import StagePlan
 from anomalib_fractalad.models.aand.student import reverse_student
 
 
@@ -67,10 +65,10 @@ def train_student(model: AAND, stages: list[Tensor], epochs: int, batch_size: in
     seed_everything(0)
     teacher = model.model.teacher
     student = model.model.student = reverse_student(model.hparams["backbone"], teacher.channels, teacher.strides)
-    optimizer = Adam(student.parameters(), lr=model.learning_rate, betas=(0.5, 0.999))
     count = len(stages[0])
-    plan = StagePlan(0, epochs * -(-count // batch_size))
-    schedule = LambdaLR(optimizer, lambda step: plan.lr_factor(Stage.DISTILLATION, step))
+    model.plan = StagePlan(0, epochs * -(-count // batch_size))
+    configured = model.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for _ in range(epochs):
         for chosen in torch.randperm(count).split(batch_size):
             features = [stage[chosen] for stage in stages]
