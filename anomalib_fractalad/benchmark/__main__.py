@@ -4,7 +4,6 @@
 Run as ``python -m anomalib_fractalad.benchmark --config configs/benchmark.yaml``.
 """
 
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from anomalib_fractalad.benchmark.config import RUNTIMES, DataEntry, Job, ModelEntry, Settings, make_jobs
-from anomalib_fractalad.benchmark.job import record_of, run_in_process
+from anomalib_fractalad.benchmark.config import RUNTIMES, DataEntry, ModelEntry, Settings, make_jobs
+from anomalib_fractalad.benchmark.job import is_missing, record_of, run_in_process
 
 
 def benchmark(
@@ -33,8 +32,10 @@ def benchmark(
     """Train, test, export and time anomaly detection models side by side.
 
     Each model on each data set with each seed is a job in a process of its own. What a job measures is kept in
-    OUTPUT/jobs, and a second call runs only the jobs that are missing there. Written from all of them: results.csv (a
-    row for each job), report.md, its plots, and a sheet of heat maps.
+    OUTPUT/jobs, the trained model beside it (model.ckpt, for anomalib's export and predict; it may be deleted), and a
+    second call does only what is missing there: runtimes that were added are measured without training again, and
+    jobs whose images have changed since are run anew. Written from all of them: results.csv (a row for each job),
+    report.md, its plots, and a sheet of heat maps.
 
     Args:
         models: Models to compare, each with class_path (FractalAD, Patchcore, ...), init_args, epochs or steps (unless
@@ -51,7 +52,7 @@ def benchmark(
         repetitions: Timed predictions of one image.
         sheet_images: Images on the sheet of heat maps.
         time_limit: Seconds that a job may take. Left out, any time.
-        retry: Run jobs again that failed or ran out of time.
+        retry: Do again what failed or ran out of time.
 
     Returns:
         The report.
@@ -61,7 +62,7 @@ def benchmark(
         raise ValueError(msg)
     settings = Settings(image_size, accelerator, threads, tuple(runtimes), repetitions, sheet_images)
     jobs = make_jobs(models, data, seeds, settings)
-    missing = [job for job in jobs if _is_missing(job, output, retry)]
+    missing = [job for job in jobs if is_missing(job, record_of(job, output), retry)]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them in {output} already")
     with tqdm(missing, unit="job", disable=not missing) as bar:
         for job in bar:
@@ -74,13 +75,11 @@ def benchmark(
         content = record_of(job, output).content
         if content["status"] != "done":
             print(f"{job}: {content['status']}: {content['reason']}")
+        for runtime, values in content.get("runtimes", {}).items():
+            if "reason" in values:
+                print(f"{job}: {runtime}: {values['reason']}")
     print(f"report: {report}")
     return report
-
-
-def _is_missing(job: Job, output: Path, retry: bool) -> bool:
-    status = record_of(job, output).content.get("status")
-    return status not in {"done", "failed", "timed out"} or (retry and status != "done")
 
 
 def main() -> None:
@@ -93,6 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # An exception, so that the running job is ended too: it has a session of its own and gets no signals from here.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     main()

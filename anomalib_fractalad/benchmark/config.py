@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, TypedDict, get_args
 
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
+RUNTIME_PACKAGES = {"torch": ("torch",), "openvino_int8": ("openvino", "nncf")}
 TEXTURE_ARGUMENTS = ("dtd_dir", "anomaly_source_path")
 
 
@@ -99,7 +100,8 @@ class Job:
         model: Name of the model in the report.
         data: Name of the data in the report.
         seed: Seed of the random numbers.
-        spec: All that the outcome depends on, as plain data.
+        spec: All that the trained model and its quality depend on, as plain data.
+        measuring: How it is measured: runtimes, repetitions and images on the sheet, as plain data.
         arguments: Arguments given to the model.
         notes: What the report has to say about the model.
     """
@@ -108,6 +110,7 @@ class Job:
     data: str
     seed: int
     spec: dict[str, Any]
+    measuring: dict[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -149,18 +152,26 @@ def make_jobs(
     resolved_data = [_data(entry, f"data[{i}]") for i, entry in enumerate(data)]
     _check_unique("models", [name for name, *_ in resolved_models], "give each a name of its own")
     _check_unique("data", [name for name, _ in resolved_data], "give each a name of its own")
-    versions = {package: version(package) for package in ("anomalib-fractalad", "anomalib", "torch")}
+    device = _device(settings.accelerator)
+    versions = {
+        package: version(package) for package in ("anomalib-fractalad", "anomalib", "torch", "lightning", "timm")
+    }
+    common = {
+        "image_size": settings.image_size,
+        "accelerator": settings.accelerator,
+        "device": device,
+        "threads": settings.threads,
+        "versions": versions,
+    }
+    measuring = {name: asdict(settings)[name] for name in ("runtimes", "repetitions", "sheet_images")}
     return [
         Job(
             model_name,
             data_name,
             seed,
             # through JSON, so that a job read back from its file is the same
-            json.loads(
-                json.dumps(
-                    {**model_spec, "data": data_spec, "seed": seed, **asdict(settings), "versions": versions},
-                ),
-            ),
+            json.loads(json.dumps({**model_spec, "data": data_spec, "seed": seed, **common})),
+            json.loads(json.dumps(measuring)),
             model_arguments,
             notes,
         )
@@ -168,6 +179,18 @@ def make_jobs(
         for model_name, model_spec, model_arguments, notes in resolved_models
         for seed in seeds
     ]
+
+
+def runtime_version(runtime: str) -> str:
+    """Names and versions of the packages that a member of :data:`RUNTIMES` is measured with."""
+    return ", ".join(f"{package} {version(package)}" for package in RUNTIME_PACKAGES.get(runtime, ("openvino",)))
+
+
+def _device(accelerator: str) -> str | None:
+    """What ``auto`` and ``gpu`` come to depends on the machine."""
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.get_device_name() if accelerator != "cpu" and torch.cuda.is_available() else None
 
 
 def import_class(class_path: str) -> Any:

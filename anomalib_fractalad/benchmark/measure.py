@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,13 +26,14 @@ from anomalib.visualization.image.functional import overlay_images, visualize_an
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_fractalad.benchmark.config import import_class
-from anomalib_fractalad.benchmark.job import describe
+from anomalib_fractalad.benchmark.job import Record, conditions, describe, missing_runtimes, state_of
+from anomalib_fractalad.pictures import open_rgb
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 BATCH_SIZE = 8
@@ -43,35 +44,54 @@ COMPRESSION = {"openvino_fp16": CompressionType.FP16, "openvino_int8": Compressi
 Inferencer = TorchInferencer | OpenVINOInferencer
 
 
-def measure(spec: dict[str, Any], folder: Path, save: Callable[..., None]) -> None:
-    """Train, test, export and time a model.
+def measure(record: Record) -> None:
+    """Train, test, export and time a model, as far as its record says that it was not done yet.
 
     Args:
-        spec: The job's description.
-        folder: Where the pictures for the sheet of heat maps go.
-        save: Called with each stage's name and results as they come.
+        record: The job's record, with its description; it is saved with each stage's name and results as they come.
     """
+    spec, measuring = record.content["spec"], record.content["measuring"]
     if spec["threads"] is not None:
         torch.set_num_threads(spec["threads"])
-    seed_everything(spec["seed"], workers=True)
-    save(stage="preparing", environment=environment())
+    record.save(stage="preparing", environment=environment())
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
         model, datamodule = build(spec, root)
-        save(stage="training")
-        cost, device = fit(model, datamodule, spec, root)
-        save(stage="testing", cost=cost)
-        evaluator = ScoreCollector(_sheet_paths(datamodule, spec["sheet_images"]), folder)
-        quality, defects = test(model, datamodule, evaluator, spec["accelerator"], root)
-        save(quality=quality, defects=defects, scores=evaluator.scores, sheet=evaluator.sheet)
-        runtimes: dict[str, Any] = {}
-        for runtime in spec["runtimes"]:
-            save(stage=runtime)
+        if is_trained := record.is_trained:
+            record.save(stage="loading the trained model")
+        else:
+            record.save(stage="training", inputs=state_of(_inputs(spec, datamodule)))
+            cost = fit(model, datamodule, spec, root, record.checkpoint)
+            record.save(cost=cost, stage="testing")
+        prepare_test(model, datamodule, spec["accelerator"], root, record.checkpoint, is_trained)
+        evaluator = ScoreCollector(_sheet_paths(datamodule, measuring["sheet_images"]), record.folder)
+        quality, defects, device = test(model, datamodule, evaluator, spec["accelerator"], root)
+        record.save(
+            quality=quality,
+            defects=defects,
+            scores=evaluator.scores,
+            sheet=evaluator.sheet,
+            sheet_images=measuring["sheet_images"],
+        )
+        for runtime in missing_runtimes(record.content, measuring):
+            record.save(stage=runtime)
+            figures = conditions(runtime, measuring)
             try:
-                runtimes[runtime] = speed(model, datamodule, runtime, device, spec, root)
+                figures |= speed(model, datamodule, runtime, device, spec["threads"], measuring["repetitions"], root)
             except Exception as error:  # the other runtimes go on
-                runtimes[runtime] = {"reason": describe(error)}
-            save(runtimes=runtimes)
+                figures["reason"] = describe(error)
+            record.save(runtimes={**record.content.get("runtimes", {}), runtime: figures})
+
+
+def _inputs(spec: dict[str, Any], datamodule: AnomalibDataModule) -> Iterator[Path]:
+    """Folders of all images and masks, and files among the model's arguments."""
+    for name in ("train_data", "val_data", "test_data"):
+        samples = getattr(datamodule, name).samples if hasattr(datamodule, name) else {}
+        for column in ("image_path", "mask_path"):
+            yield from {Path(path).parent for path in samples.get(column, []) if isinstance(path, str) and path}
+    for value in spec["model"]["init_args"].values():
+        if isinstance(value, str) and Path(value).is_file():
+            yield Path(value)
 
 
 def environment() -> dict[str, Any]:
@@ -90,30 +110,37 @@ def _cpu_name() -> str:
 def build(spec: dict[str, Any], root: Path) -> tuple[AnomalibModule, AnomalibDataModule]:
     """Build model and data module from a job's description.
 
+    Images are divided before there is a model, whose weights take random numbers: each model has the same images.
+
     Args:
         spec: The job's description.
         root: An empty folder.
 
     Returns:
-        The model, without its pictures and own metrics, and the data module.
+        The model, without its pictures and own metrics, and the data module, set up.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AnomalibModule, "model", required=True)
-    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
     arguments = {**spec["model"]["init_args"]}
     if "dtd_dir" in arguments and arguments["dtd_dir"] is None:
         arguments["dtd_dir"] = str(root)  # a folder without images: noise instead of a download
     if spec["image_size"] is not None and arguments.get("pre_processor") is True:
         model_class = import_class(spec["model"]["class_path"])
         arguments["pre_processor"] = model_class.configure_pre_processor(image_size=tuple(spec["image_size"]))
-    entry = {"class_path": spec["model"]["class_path"], "init_args": arguments}
-    config = parser.parse_object({"model": entry, "data": spec["data"]})
-    built = parser.instantiate_classes(config)
-    model, datamodule = built.model, built.data
-    model.visualizer = None
+    seed_everything(spec["seed"], workers=True)
+    datamodule = _instantiate(AnomalibDataModule, spec["data"])
+    datamodule.prepare_data()
+    datamodule.setup(TrainerFn.FITTING)
     if spec["train_batch_size"] is not None:
         datamodule.train_batch_size = spec["train_batch_size"]
+    seed_everything(spec["seed"], workers=True)
+    model = _instantiate(AnomalibModule, {"class_path": spec["model"]["class_path"], "init_args": arguments})
+    model.visualizer = None
     return model, datamodule
+
+
+def _instantiate(base: type, entry: dict[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "entry", required=True)
+    return parser.instantiate_classes(parser.parse_object({"entry": entry})).entry
 
 
 class _FitMeter(Callback):
@@ -143,17 +170,19 @@ def fit(
     datamodule: AnomalibDataModule,
     spec: dict[str, Any],
     root: Path,
-) -> tuple[dict[str, Any], str]:
-    """Train a model within its budget, without validation.
+    checkpoint: Path,
+) -> dict[str, Any]:
+    """Train a model within its budget, without validation, and save it.
 
     Args:
         model: The model.
         datamodule: Its data.
         spec: The job's description.
         root: Folder for Lightning's files.
+        checkpoint: Where the trained model goes, without its optimiser.
 
     Returns:
-        The cost of training, and the type of the device that it ran on.
+        The cost of training.
     """
     length: dict[str, Any] = {}
     if spec["epochs"] is not None:
@@ -174,18 +203,18 @@ def fit(
     )
     engine.fit(model, datamodule=datamodule)
     trained = {id(p): p.numel() for o in engine.trainer.optimizers for group in o.param_groups for p in group["params"]}
-    device = engine.trainer.strategy.root_device.type
+    engine.trainer.save_checkpoint(checkpoint, weights_only=True)
     cost = {
         "trainable_parameters": sum(trained.values()),
         "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_mb": peak_memory(),
     }
-    if device == "cuda":
+    if engine.trainer.strategy.root_device.type == "cuda":
         cost["peak_cuda_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     if meter.images:
         cost["fit_seconds"] = meter.seconds
         cost["train_images_per_second"] = meter.images / meter.seconds
-    return cost, device
+    return cost
 
 
 def peak_memory() -> float | None:
@@ -248,7 +277,7 @@ class ScoreCollector(Evaluator):
     def _draw(self, number: int, path: str, batch: Any, i: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         heat_map = visualize_anomaly_map(batch.anomaly_map[i].detach().cpu().squeeze())
-        picture = Image.open(path).convert("RGB").resize(heat_map.size)
+        picture = open_rgb(path).resize(heat_map.size)
         picture.save(self.folder / f"image_{number}.png")
         overlay_images(picture, heat_map).save(self.folder / f"map_{number}.png")
         if batch.gt_mask is not None:
@@ -264,14 +293,42 @@ def _sheet_paths(datamodule: AnomalibDataModule, count: int) -> list[str]:
     return [path for path in chain.from_iterable(zip_longest(*halves)) if path is not None][:count]
 
 
+def prepare_test(
+    model: AnomalibModule,
+    datamodule: AnomalibDataModule,
+    accelerator: str,
+    root: Path,
+    checkpoint: Path,
+    is_trained: bool,
+) -> None:
+    """Set a model's thresholds on the validation images where there are any.
+
+    Args:
+        model: The model, with its own evaluator, whose state a checkpoint holds too.
+        datamodule: Its data.
+        accelerator: Lightning's accelerator.
+        root: Folder for Lightning's files.
+        checkpoint: The trained model; loaded if it is complete, and else written once more with the thresholds.
+        is_trained: Whether the checkpoint is complete.
+    """
+    has_validation = hasattr(datamodule, "val_data")
+    if not has_validation and not is_trained:
+        return
+    engine = Engine(accelerator=accelerator, devices=1, default_root_dir=root, enable_progress_bar=False)
+    run = engine.validate if has_validation else engine.test
+    run(model, datamodule=datamodule, ckpt_path=checkpoint if is_trained else None)
+    if not is_trained:
+        engine.trainer.save_checkpoint(checkpoint, weights_only=True)
+
+
 def test(
     model: AnomalibModule,
     datamodule: AnomalibDataModule,
     evaluator: ScoreCollector,
     accelerator: str,
     root: Path,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Set a model's threshold on the validation images, and test it.
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Test a model.
 
     Args:
         model: A trained model.
@@ -281,15 +338,14 @@ def test(
         root: Folder for Lightning's files.
 
     Returns:
-        Metrics by name, pixel metrics only where there are masks; image AUROC by type of defect.
+        Metrics by name, pixel metrics only where there are masks; image AUROC by type of defect; type of the device.
     """
     model.evaluator = evaluator
     engine = Engine(accelerator=accelerator, devices=1, default_root_dir=root, enable_progress_bar=False)
-    if hasattr(datamodule, "val_data"):
-        engine.validate(model, datamodule=datamodule)
     (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)
     model.evaluator = None  # not to be exported
-    return {name: float(value) for name, value in metrics.items()}, defect_auroc(evaluator.scores)
+    quality = {name: float(value) for name, value in metrics.items()}
+    return quality, defect_auroc(evaluator.scores), engine.trainer.strategy.root_device.type
 
 
 def defect_auroc(scores: Sequence[tuple[str, bool, float]]) -> dict[str, float]:
@@ -320,7 +376,8 @@ def speed(
     datamodule: AnomalibDataModule,
     runtime: str,
     device: str,
-    spec: dict[str, Any],
+    threads: int | None,
+    repetitions: int,
     root: Path,
 ) -> dict[str, Any]:
     """Export a model for a runtime, and time it there from an image in memory to score and map.
@@ -330,7 +387,8 @@ def speed(
         datamodule: Its data.
         runtime: Name of the runtime.
         device: Type of the device for the runtime torch; OpenVINO runs on the CPU.
-        spec: The job's description.
+        threads: CPU threads of OpenVINO; left out, it chooses.
+        repetitions: Number of timed predictions.
         root: Folder for the exported files.
 
     Returns:
@@ -357,13 +415,13 @@ def speed(
         inferencer: Inferencer = TorchInferencer(file, device)
         result["device"] = device
     else:
-        inferencer = openvino_inferencer(file, runtime, spec["threads"])
+        inferencer = openvino_inferencer(file, runtime, threads)
         result["precision"] = inferencer.model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         scores = [_score(inferencer, path) for path in samples.image_path]
         result["image_AUROC"] = _auroc(list(samples.label_index), scores)
     images = [read_image(path, as_tensor=runtime == "torch") for path in islice(samples.image_path, BATCH_SIZE)]
-    seconds = seconds_each(inferencer, islice(cycle(images), spec["repetitions"] + 1))
-    batches: list[Any] = [np.stack([images[0]] * BATCH_SIZE)] * (spec["repetitions"] // BATCH_SIZE + 2)
+    seconds = seconds_each(inferencer, islice(cycle(images), repetitions + 1))
+    batches: list[Any] = [np.stack([images[0]] * BATCH_SIZE)] * (repetitions // BATCH_SIZE + 2)
     if runtime == "torch":
         batches = [torch.from_numpy(batch) for batch in batches]
     return {

@@ -94,8 +94,9 @@ def _what_was_run(jobs: Sequence[Job], output: Path) -> str:
     rows = []
     for job in {job.model: job for job in jobs}.values():
         budget = next((f"{unit}: {job.spec[unit]}" for unit in ("epochs", "steps") if job.spec[unit]), "its own")
-        if job.spec["train_batch_size"] is not None:
-            budget += f", train_batch_size: {job.spec['train_batch_size']}"
+        for name in ("train_batch_size", "precision"):
+            if job.spec[name] is not None:
+                budget += f", {name}: {job.spec[name]}"
         arguments = ", ".join(f"{name}: {json.dumps(value)}" for name, value in job.arguments.items())
         rows.append([job.model, budget, arguments, "; ".join(job.notes)])
     spec = jobs[0].spec
@@ -110,7 +111,7 @@ def _what_was_run(jobs: Sequence[Job], output: Path) -> str:
     lines = [
         "; ".join(facts) + ".",
         *(_machine(json.loads(machine)) for machine in machines if machine != "null"),
-        HOW_MEASURED.format(repetitions=spec["repetitions"]),
+        HOW_MEASURED.format(repetitions=jobs[0].measuring["repetitions"]),
     ]
     return "## What was run\n\n" + _table(["model", "budget", "arguments", "notes"], rows) + "\n\n" + "\n\n".join(lines)
 
@@ -154,10 +155,15 @@ def _defects(results: pd.DataFrame) -> dict[str, tuple[str, int]]:
 def _metric_table(results: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> str:
     present = {name: column for name, column in columns.items() if name in results and results[name].notna().any()}
     rows = [
-        [model, *(_cell(group[name], digits) for name, (_, digits) in present.items())]
+        [model, str(_runs(group)), *(_cell(group[name], digits) for name, (_, digits) in present.items())]
         for model, group in results.groupby("model", sort=False)
     ]
-    return _table(["model", *(title for title, _ in present.values())], rows)
+    return _table(["model", "runs", *(title for title, _ in present.values())], rows)
+
+
+def _runs(group: pd.DataFrame) -> int:
+    """Number of jobs that came as far as to be tested, and so into the means."""
+    return int(group["image_AUROC"].notna().sum()) if "image_AUROC" in group else 0
 
 
 def _speed_table(results: pd.DataFrame) -> str:
@@ -192,7 +198,7 @@ def _failures(results: pd.DataFrame) -> str:
         return ""
     columns = ["model", "data", "seed", "status", "reason"]
     rows = [[str(row[name]) for name in columns] for _, row in failed.iterrows()]
-    return "## Jobs without a result\n\n" + _table(columns, rows)
+    return "## Jobs that did not end\n\n" + _table(columns, rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,7 +2,6 @@
 """The whole command, on tiny data, and the metrics against a second way of computing them."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -19,9 +18,10 @@ from conftest import tile_arguments
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from anomalib_fractalad import FractalAD
 from anomalib_fractalad.benchmark.__main__ import benchmark
-from anomalib_fractalad.benchmark.config import RUNTIMES
-from anomalib_fractalad.benchmark.measure import ScoreCollector, defect_auroc
+from anomalib_fractalad.benchmark.config import RUNTIMES, Settings, make_jobs
+from anomalib_fractalad.benchmark.measure import ScoreCollector, build, defect_auroc
 
 PADIM = {
     "class_path": "Padim",
@@ -105,7 +105,7 @@ def test_the_report_tells_all(output: Path) -> None:
         "Cost",
         "Speed",
         "Image AUROC by type of defect",
-        "Jobs without a result",
+        "Jobs that did not end",
     ):
         assert f"# {heading}" in report
     for text in ("| FractalAD | epochs: 1 |", "64 x 64", "| Padim | OpenVINO INT8 |", "INFERENCE_PRECISION_HINT: f32"):
@@ -126,15 +126,60 @@ def test_a_second_call_does_nothing(output: Path, tile_root: Path, capsys: pytes
     assert "3 jobs, 3 of them" in capsys.readouterr().out
 
 
+def test_a_runtime_is_added_without_training(tile_root: Path, tmp_path: Path) -> None:
+    stepping = {name: value for name, value in FRACTALAD.items() if name != "epochs"}
+    stepping |= {"steps": 3, "train_batch_size": 2, "precision": "bf16-mixed"}
+
+    def results(*runtimes: str) -> pd.DataFrame:
+        run(tmp_path, [stepping, PADIM], tile_root, repetitions=1, runtimes=list(runtimes))
+        return pd.read_csv(tmp_path / "results.csv").set_index("model")
+
+    first = results("torch")
+    assert (first.status == "done").all()
+    assert (first.train_images_per_second * first.fit_seconds).round().tolist() == [6, 8]
+    assert "steps: 3, train_batch_size: 2, precision: bf16-mixed" in (tmp_path / "report.md").read_text()
+    checkpoints = {file: file.stat().st_mtime_ns for file in tmp_path.glob("jobs/*/model.ckpt")}
+    assert len(checkpoints) == 2
+
+    second = results("torch", "openvino_fp32")
+    pd.testing.assert_frame_equal(second[first.columns], first)
+    assert second["openvino_fp32/image_AUROC"].tolist() == pytest.approx(first.image_AUROC.tolist(), abs=0.07)
+    assert checkpoints == {file: file.stat().st_mtime_ns for file in tmp_path.glob("jobs/*/model.ckpt")}
+
+    (file,) = (file for file in checkpoints if "FractalAD on" in file.parent.with_suffix(".json").read_text())
+    assert FractalAD.load_from_checkpoint(file).post_processor.image_threshold.isfinite()
+
+
+@pytest.mark.parametrize("normal_test_dir", ["test/good", None])
+def test_every_model_has_the_same_images(normal_test_dir: str | None, tile_root: Path, tmp_path: Path) -> None:
+    """anomalib divides images at random unless it is told otherwise."""
+    data = folder(tile_root)
+    data["init_args"] |= {"val_split_mode": "from_test", "normal_test_dir": normal_test_dir}
+    jobs = make_jobs([FRACTALAD, PADIM], [data], [0, 1, 2, 3], Settings())  # type: ignore[list-item]
+    images: dict[tuple[str, int], list[list[str]]] = {}
+    for job in jobs:
+        _, datamodule = build(job.spec, tmp_path)
+        parts = (datamodule.train_data, datamodule.val_data, datamodule.test_data)
+        images[job.model, job.seed] = [sorted(part.samples.image_path) for part in parts]
+    divisions = [images["FractalAD", seed] for seed in range(4)]
+    assert divisions == [images["Padim", seed] for seed in range(4)]
+    assert any(division != divisions[0] for division in divisions)
+
+
 def test_data_without_masks(tile_root: Path, tmp_path: Path) -> None:
     data = folder(tile_root)
     data["init_args"]["mask_dir"] = None
     arguments = {"accelerator": "cpu", "image_size": (64, 64), "threads": 1, "repetitions": 1, "runtimes": ["torch"]}
+    arguments |= {"seeds": [0, 1]}
     report = benchmark([PADIM], [data], output=tmp_path, **arguments).read_text()  # type: ignore[arg-type, list-item]
-    (result,) = pd.read_csv(tmp_path / "results.csv").to_dict("records")
-    assert result["status"] == "done"
-    assert 0 <= result["image_AUROC"] <= 1
-    assert "| model | image AUROC | image AP | image F1-max |\n" in report
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert (results.status == "done").all()
+    assert results.seed.tolist() == [0, 1]
+    assert results.image_AUROC.between(0, 1).all()
+    assert (
+        "| model | runs | image AUROC | image AP | image F1-max |\n| --- | --- | --- | --- | --- |\n| Padim | 2 |"
+        in report
+    )
     assert "pixel AP" not in report
     assert (tmp_path / "heat_maps_tiles.png").exists()
 
@@ -148,18 +193,17 @@ def test_running_out_of_time(tile_root: Path, tmp_path: Path) -> None:
     assert list(pd.read_csv(tmp_path / "results.csv").status) == ["failed"]
 
 
-def test_ending_the_command_ends_its_job(tile_root: Path, tmp_path: Path) -> None:
+def test_killing_the_command_ends_its_job(tile_root: Path, tmp_path: Path) -> None:
     arguments = ["--models", json.dumps([PADIM]), "--data", json.dumps([folder(tile_root)]), "--output", str(tmp_path)]
     command = subprocess.Popen([sys.executable, "-m", "anomalib_fractalad.benchmark", *arguments])
     try:
         while not (jobs := psutil.Process(command.pid).children()):
             assert command.poll() is None
             time.sleep(0.1)
-        command.terminate()
-        assert command.wait(60) == 128 + signal.SIGTERM
     finally:
         command.kill()
-    assert not any(job.is_running() for job in jobs)
+    _, alive = psutil.wait_procs(jobs, timeout=60)
+    assert not alive
 
 
 def test_metrics_agree_with_scikit_learn(tmp_path: Path) -> None:

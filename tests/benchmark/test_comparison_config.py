@@ -106,11 +106,16 @@ def _build_data(spec: dict[str, Any]) -> Any:
     return parser.instantiate_classes(parser.parse_object({"data": spec})).data
 
 
-def test_the_key_depends_on_all_but_names() -> None:
+def test_the_key_depends_on_what_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     (key,) = (job.key for job in jobs(PADIM))
-    assert key == jobs({**PADIM, "name": "other"})[0].key
-    for changed in (jobs({**PADIM, "precision": "bf16-mixed"}), jobs(PADIM, seeds=[1]), jobs(PADIM, repetitions=3)):
+    for same in (jobs({**PADIM, "name": "other"}), jobs(PADIM, repetitions=3, sheet_images=1, runtimes=["torch"])):
+        assert same[0].key == key
+    for changed in (jobs({**PADIM, "precision": "bf16-mixed"}), jobs(PADIM, seeds=[1]), jobs(PADIM, threads=3)):
         assert changed[0].key != key
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert jobs(PADIM)[0].key != key
+    assert jobs(PADIM, accelerator="cpu")[0].spec["device"] is None
 
 
 def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report, from records written by hand."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from anomalib_fractalad.benchmark.config import Job
-from anomalib_fractalad.benchmark.job import Record, record_of, run_in_process
+from anomalib_fractalad.benchmark.job import Record, conditions, is_missing, record_of, run_in_process, state_of
 from anomalib_fractalad.benchmark.report import write_report
 
 SPEC: dict[str, Any] = {
@@ -18,18 +20,18 @@ SPEC: dict[str, Any] = {
     "epochs": None,
     "steps": 30,
     "train_batch_size": None,
+    "precision": "16-mixed",
     "image_size": None,
     "threads": 2,
-    "repetitions": 50,
     "versions": {"anomalib": "2.7.0"},
 }
+MEASURING: dict[str, Any] = {"runtimes": ["torch", "openvino_int8"], "repetitions": 50, "sheet_images": 6}
 ENVIRONMENT = {"platform": "Linux", "cpu": "a CPU", "cores": 2, "cuda": None}
 
 
 def make_job(model: str, seed: int) -> Job:
-    return Job(
-        model, "part", seed, {**SPEC, "seed": seed, "name": model}, {"enable_sspcab": True}, ("no texture images",)
-    )
+    spec = {**SPEC, "seed": seed, "name": model}
+    return Job(model, "part", seed, spec, MEASURING, {"enable_sspcab": True}, ("no texture images",))
 
 
 def write(output: Path, job: Job, auroc: float, **values: Any) -> Record:
@@ -53,19 +55,20 @@ def write(output: Path, job: Job, auroc: float, **values: Any) -> Record:
 @pytest.fixture
 def report(tmp_path: Path) -> str:
     jobs = [make_job(model, seed) for model in ("one", "two", "lost") for seed in (0, 1)]
-    for job, auroc in zip(jobs[:4], (0.8, 0.9, 0.7, 0.7), strict=True):
+    for job, auroc in zip(jobs[:3], (0.8, 0.9, 0.7), strict=True):
         write(tmp_path, job, auroc)
-    for job in jobs[4:]:
+    for job in jobs[3:]:
         record_of(job, tmp_path).save(status="timed out", reason="ran out of time")
     return write_report(jobs, tmp_path).read_text()
 
 
 def test_tables_hold_mean_and_spread(report: str) -> None:
-    assert "| model | image AUROC | image AP |\n" in report
-    assert "| one | 0.850 ± 0.071 | 0.500 ± 0.000 |\n" in report
-    assert "| two | 0.700 ± 0.000 | 0.500 ± 0.000 |\n" in report
-    assert "| model | dent | cut |\n" in report
-    assert "| one | 10.5 ± 0.7 | 1,234,567 ± 0 |\n" in report
+    assert "| model | runs | image AUROC | image AP |\n" in report
+    assert "| one | 2 | 0.850 ± 0.071 | 0.500 ± 0.000 |\n" in report
+    assert "| two | 1 | 0.700 | 0.500 |\n" in report
+    assert "| lost | 0 | - | - |\n" in report
+    assert "| model | runs | dent | cut |\n" in report
+    assert "| one | 2 | 10.5 ± 0.7 | 1,234,567 ± 0 |\n" in report
     assert "| one | torch | - | 60.0 ± 0.0 | - | - | - | cpu |  |\n" in report
     assert "| one | OpenVINO FP32 | - | 18.0 ± 0.0 | - | - | 0.850 ± 0.071 | f32 |  |\n" in report
     assert r"| one | OpenVINO INT8 | - | - | - | - | - | - | RuntimeError: no\|way |" in report
@@ -73,7 +76,7 @@ def test_tables_hold_mean_and_spread(report: str) -> None:
 
 
 def test_what_was_run(report: str) -> None:
-    assert "| one | steps: 30 | enable_sspcab: true | no texture images |\n" in report
+    assert "| one | steps: 30, precision: 16-mixed | enable_sspcab: true | no texture images |\n" in report
     assert "Seeds: 0, 1; image size: each model's own; CPU threads: 2; versions: anomalib 2.7.0." in report
     assert "Machine: a CPU, 2 cores, Linux." in report
 
@@ -81,8 +84,8 @@ def test_what_was_run(report: str) -> None:
 def test_jobs_without_a_result_have_their_reason(report: str, tmp_path: Path) -> None:
     assert "| lost | part | 0 | timed out | ran out of time |\n" in report
     results = pd.read_csv(tmp_path / "results.csv")
-    assert list(results.status) == ["done"] * 4 + ["timed out"] * 2
-    assert list(results["image_AUROC/dent"][:4]) == [0.8, 0.9, 0.7, 0.7]
+    assert list(results.status) == ["done"] * 3 + ["timed out"] * 3
+    assert list(results["image_AUROC/dent"][:3]) == [0.8, 0.9, 0.7]
 
 
 def test_the_sheet_shows_every_model_on_the_same_images(tmp_path: Path) -> None:
@@ -119,6 +122,75 @@ def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert record.content["reason"] == (
         "the process was ended by SIGKILL (out of memory?) in the stage 'starting'; it said last: so long"
     )
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Record:
+    """All that was to be measured, but for a failure; the trained model was kept."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes(b"0")
+    figures = {"latency_ms": 60.0, **conditions("torch", MEASURING)}
+    failure = {"reason": "no way", **conditions("openvino_int8", MEASURING)}
+    record = write(
+        tmp_path,
+        make_job("one", 0),
+        0.5,
+        runtimes={"torch": figures, "openvino_int8": failure},
+        sheet_images=6,
+        inputs=state_of([images]),
+    )
+    record.folder.mkdir()
+    record.checkpoint.touch()
+    return record
+
+
+def measuring(**changes: Any) -> Job:
+    return dataclasses.replace(make_job("one", 0), measuring={**MEASURING, **changes})
+
+
+def test_what_is_missing(done: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_missing(measuring(), done)
+    assert not is_missing(measuring(runtimes=["torch"]), done, retry=True)
+    assert is_missing(measuring(), done, retry=True)
+    assert is_missing(measuring(runtimes=["torch", "openvino_fp32"]), done)
+    assert is_missing(measuring(repetitions=9), done)
+    assert is_missing(measuring(sheet_images=3), done)
+    done.checkpoint.unlink()
+    assert not is_missing(measuring(sheet_images=3), done)  # a picture is not worth a training
+    monkeypatch.setattr("anomalib_fractalad.benchmark.config.version", lambda _: "another")
+    assert is_missing(measuring(), done)
+
+
+@pytest.mark.parametrize("status", ["failed", "timed out"])
+def test_failures_are_missing_if_wanted(status: str, done: Record) -> None:
+    done.save(status=status)
+    assert not is_missing(measuring(runtimes=["openvino_fp32"]), done)
+    assert is_missing(measuring(), done, retry=True)
+
+
+def test_changed_images_are_noticed(done: Record, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "1.png").write_bytes(b"1")
+    assert is_missing(measuring(), done)
+    assert not done.is_trained
+    (images / "1.png").unlink()
+    assert not is_missing(measuring(), done)
+    (images / "0.png").write_bytes(b"another")
+    assert is_missing(measuring(), done)
+    shutil.rmtree(images)
+    assert not is_missing(measuring(), done)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_kept_for_another_run(kept: bool, done: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kept:
+        done.checkpoint.unlink()
+    monkeypatch.setattr("sys.executable", "true")
+    run_in_process(measuring(), done)
+    assert done.content["status"] == "failed"  # since nothing ran
+    assert ("quality" in done.content) == kept
+    assert list(done.content.get("runtimes", {})) == (["torch"] if kept else [])
 
 
 def test_a_torn_record_counts_as_missing(tmp_path: Path) -> None:
