@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
 
+from anomalib_fractalad.benchmark.config import RUNTIMES
 from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
 from anomalib_fractalad.models.components import check_positive
 from anomalib_fractalad.plugin import MODELS
-
-RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
 
 
 def inference_speed(
@@ -46,6 +45,7 @@ def inference_speed(
     others: tuple[str, ...] = ("Draem", "Patchcore"),
     arguments: dict[str, dict[str, Any]] | None = None,
     memory_items: int = 10_000,
+    sizes: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Print the median latency of one image in memory, with pre- and post-processing, and ratios.
 
@@ -54,7 +54,7 @@ def inference_speed(
 
     Args:
         backbone: Name of a timm model, for the package's models.
-        image_size: Height and width of the images, and of what the networks see, in pixels.
+        image_size: Height and width of the image, and of what the networks see, in pixels.
         repetitions: Number of timed predictions by each, after one that is not timed.
         threads: Number of CPU threads, for torch and OpenVINO.
         models: Models of the package to time in every runtime.
@@ -62,19 +62,20 @@ def inference_speed(
         others: Models of anomalib to time in torch.
         arguments: Further arguments of models, by the model's name, such as {"AAND": {"strides": [8, 16]}}.
         memory_items: Size of PatchCore's memory.
+        sizes: Height and width that single models resize the image to, by the model's name.
 
     Returns:
         Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it, to
         be compared with the rate of a large matrix product.
 
     Raises:
-        ValueError: If arguments are given for a model that is not timed, or the memory is empty.
+        ValueError: If arguments or sizes are given for a model that is not timed, a size or the memory is 0 or less, or
+            the runtimes are unknown or lack torch.
     """
-    check_positive(memory_items=memory_items)
+    arguments, sizes = arguments or {}, sizes or {}
     wanted = {**dict.fromkeys(models, runtimes), **dict.fromkeys(others, ("torch",))}
-    if unknown := sorted((arguments or {}).keys() - wanted.keys()):
-        msg = f"arguments are for {', '.join(unknown)}; timed are {', '.join(wanted)}"
-        raise ValueError(msg)
+    check_positive(memory_items=memory_items, image_size=image_size, **sizes)
+    _check(runtimes, wanted, arguments=arguments, sizes=sizes)
     warnings.filterwarnings("ignore")
     logging.getLogger("anomalib").setLevel(logging.ERROR)
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -86,8 +87,9 @@ def inference_speed(
     with TemporaryDirectory() as temporary:
         inferencers, flops = {}, {}
         for name, where in wanted.items():
-            model = _make(name, backbone, image_size, (arguments or {}).get(name, {}), memory_items)
-            flops[name] = _gigaflops(model, image)
+            size = sizes.get(name, image_size)
+            model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
+            flops[name] = _gigaflops(model, size)
             for runtime in where:
                 inferencers[name, runtime] = _export(model, runtime, Path(temporary) / name, image, threads)
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in inferencers}
@@ -97,7 +99,29 @@ def inference_speed(
                 seconds[key] += seconds_each(inferencer, [picture, picture])
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s)")
+    for name, size in sizes.items():
+        print(f"{name} resizes it to {size} x {size}")
     print(f"a large matrix product in FP32 reaches {_matrix_rate():.0f} GFLOP/s")
+    _print_table(medians, flops, models, others)
+    return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
+
+
+def _check(runtimes: Collection[str], wanted: Collection[str], **by_name: Mapping[str, Any]) -> None:
+    if "torch" not in runtimes or not set(runtimes) <= set(RUNTIMES):
+        msg = f"runtimes is {', '.join(runtimes)}; it must be of {', '.join(RUNTIMES)}, torch among them"
+        raise ValueError(msg)
+    for what, values in by_name.items():
+        if unknown := sorted(values.keys() - set(wanted)):
+            msg = f"{what} are for {', '.join(unknown)}; timed are {', '.join(wanted)}"
+            raise ValueError(msg)
+
+
+def _print_table(
+    medians: Mapping[tuple[str, str], float],
+    flops: Mapping[str, float],
+    models: Collection[str],
+    others: Collection[str],
+) -> None:
     for (name, runtime), median in medians.items():
         rate = flops[name] / median
         print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.1f} GFLOP {rate:7.0f} GFLOP/s", end="")
@@ -108,7 +132,6 @@ def inference_speed(
             for other in others if runtime != "torch" else ():
                 print(f"   {other} takes {medians[other, 'torch'] / median:.1f} x as long", end="")
         print()
-    return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
 
 
 def _make(name: str, backbone: str, image_size: int, given: Mapping[str, Any], memory_items: int) -> AnomalibModule:
@@ -157,10 +180,10 @@ def _export(model: AnomalibModule, runtime: str, folder: Path, image: Tensor, th
     )
 
 
-def _gigaflops(model: AnomalibModule, image: Tensor) -> float:
+def _gigaflops(model: AnomalibModule, size: int) -> float:
     """Multiplications and additions of the convolutions and matrix products, in 10^9."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.model(image.unsqueeze(0))
+        model.model(torch.rand(1, 3, size, size))
     return float(counter.get_total_flops()) / 1e9
 
 

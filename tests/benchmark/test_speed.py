@@ -69,25 +69,36 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         image_size=64,
         repetitions=1,
         models=("FractalAD",),
-        runtimes=("torch", "openvino_fp32"),
+        runtimes=("torch", "openvino_fp32", "openvino_int8"),
         others=("Patchcore",),
         arguments={
             "FractalAD": {"distillation": False},
             "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"]},
         },
         memory_items=100,
+        sizes={"Patchcore": 96},
     )
     assert memories == [(0, 0), (100, 240)]
-    assert set(seconds) == {"FractalAD torch", "FractalAD openvino_fp32", "Patchcore torch"}
-    ratio = seconds["Patchcore torch"] / seconds["FractalAD openvino_fp32"]
-    assert f"Patchcore takes {ratio:.1f} x as long" in capsys.readouterr().out
+    times = {name: seconds.pop(f"FractalAD {name}") for name in ("torch", "openvino_fp32", "openvino_int8")}
+    printed = capsys.readouterr().out
+    for ratio in (times["openvino_fp32"] / times["torch"], times["openvino_int8"] / times["torch"]):
+        assert f"{ratio:.2f} x torch" in printed
+    assert f"{times['openvino_int8'] / times['openvino_fp32']:.2f} x FP32" in printed
+    (other,) = seconds.values()
+    assert list(seconds) == ["Patchcore torch"]
+    assert "one image of 64 x 64, 1 CPU thread(s)\nPatchcore resizes it to 96 x 96\n" in printed
+    assert f"Patchcore takes {other / times['openvino_fp32']:.1f} x as long" in printed
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
         ({"arguments": {"Aand": {}}}, "arguments are for Aand; timed are AAND, ADPS, FractalAD, Draem, Patchcore"),
+        ({"sizes": {"Aand": 64}}, "sizes are for Aand; timed are AAND, ADPS, FractalAD, Draem, Patchcore"),
+        ({"sizes": {"AAND": 0}}, "AAND is 0; it must be above 0"),
         ({"memory_items": 0}, "memory_items is 0; it must be above 0"),
+        ({"runtimes": ("openvino_fp32",)}, "runtimes is openvino_fp32; it must be of torch, .* torch among them"),
+        ({"runtimes": ("torch", "onnx")}, "runtimes is torch, onnx; it must be of torch"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_timed(mistake: dict[str, Any], message: str) -> None:
