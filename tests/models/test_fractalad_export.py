@@ -11,7 +11,7 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles
+from conftest import FLOAT32, assert_same_prediction, export_everywhere, in_onnx_runtime, make_tiles
 from lightning import seed_everything
 from torchvision.transforms.v2 import Resize
 from torchvision.utils import save_image
@@ -52,11 +52,8 @@ def exported(
     """The three exported files and the image sizes that they take."""
     fixed = request.param == "fixed"
     root = tmp_path_factory.mktemp(request.param)
-    files = {
-        kind.value: engine.export(engine.model, kind, export_root=root, input_size=FIXED_SIZE if fixed else None)
-        for kind in (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
-    }
-    return {**files, "sizes": [FIXED_SIZE] if fixed else SIZES}
+    files = export_everywhere(engine, root, FIXED_SIZE if fixed else None)
+    return dict(zip(("torch", "onnx", "openvino"), files, strict=True), sizes=[FIXED_SIZE] if fixed else SIZES)
 
 
 def test_one_score_everywhere(
