@@ -64,7 +64,9 @@ def train_student(model: AAND, stages: list[Tensor], epochs: int, batch_size: in
     """Stage II with a new student."""
     seed_everything(0)
     teacher = model.model.teacher
-    student = model.model.student = reverse_student(model.hparams["backbone"], teacher.channels, teacher.strides)
+    student = model.model.student = reverse_student(
+        model.hparams["backbone"], teacher.channels, teacher.strides, model.hparams["fine_embedding"]
+    )
     count = len(stages[0])
     model.plan = StagePlan(0, epochs * -(-count // batch_size))
     configured = model.configure_optimizers()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AAND's score is the same in Lightning, TorchInferencer, ONNX Runtime and OpenVINO, with either student."""
+"""AAND's score is the same in Lightning, TorchInferencer, ONNX Runtime and OpenVINO, with each kind of student."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def trained(backbone: str, alignment: Alignment, root: Path, tile_root: Path) ->
     model = AAND(
         backbone=backbone,
         alignment=alignment,
+        fine_embedding=alignment == "centres",
         pre_trained=False,
         pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
         visualizer=False,

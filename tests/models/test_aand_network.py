@@ -340,6 +340,23 @@ def test_other_strides_than_the_published_take_the_small_student() -> None:
     assert isinstance(AANDModel("resnet18", pre_trained=False, strides=(8, 16)).student, SmallStudent)
 
 
+@pytest.mark.parametrize(("fine", "embedding"), [(True, (256, 7, 9)), (False, (1024, 4, 5))])
+def test_size_of_the_embedding(fine: bool, embedding: tuple[int, int, int]) -> None:
+    model = AANDModel("resnet18", pre_trained=False, strides=(16, 32), fine_embedding=fine).eval()
+    images = torch.rand(2, 3, 200, 260)
+    shapes = []
+    model.student.embed.register_forward_hook(lambda *arguments: shapes.append(arguments[-1].shape[1:]))
+    assert model(images).anomaly_map.shape == (2, 1, 200, 260)
+    assert shapes == [embedding]
+
+
+def test_a_fine_embedding_takes_the_small_student() -> None:
+    model = AANDModel("resnet18", pre_trained=False, fine_embedding=True)
+    assert isinstance(model.student, SmallStudent)
+    features = model.teacher(torch.rand(1, 3, 64, 64))
+    assert [stage.shape for stage in model.student(features)] == [stage.shape for stage in features]
+
+
 @pytest.mark.parametrize("strides", [(), (4, 16), (16, 8)])
 def test_strides_that_do_not_double(strides: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"strides is .*; each must be twice the one before, such as \(4, 8, 16\)"):

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_fractalad import AAND
 from anomalib_fractalad.models.aand.loss import PlainDistillationLoss
 from anomalib_fractalad.models.aand.stages import Stage
+from anomalib_fractalad.models.aand.student import SmallStudent
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -351,8 +352,10 @@ def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:
     prediction(model)
 
 
-def test_the_width_of_the_amplifiers_reaches_the_network() -> None:
-    model = small_model(amplifier_width=5, strides=[8, 16], alignment="centres", split=(1, 1))
+def test_choices_of_the_network_reach_it() -> None:
+    model = small_model(amplifier_width=5, strides=[8, 16], alignment="centres", fine_embedding=True, split=(1, 1))
     assert [amplifier.gate.query[0].out_channels for amplifier in model.model.amplifiers] == [5, 5]
     assert model.model.centre_strides == (8, 16)
-    assert model.hparams["amplifier_width"] == 5
+    assert isinstance(model.model.student, SmallStudent)
+    assert model.model.student.embed[0][0].stride == (1, 1)
+    assert (model.hparams["amplifier_width"], model.hparams["fine_embedding"]) == (5, True)

@@ -73,6 +73,8 @@ class AAND(DistillationModule, AnomalibModule):
             validate once more then, for the thresholds.
         amplifier_width: Channels of the hidden layers that amplify anomalies. Left out, twice those of the stage and at
             most 1024, as published; few are much faster.
+        fine_embedding: Let the student decode from an embedding as fine as the coarsest stage, with as many values as
+            the published one, which is half as fine. The student is then the package's small one for every backbone.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
@@ -111,6 +113,7 @@ class AAND(DistillationModule, AnomalibModule):
         strides: Sequence[int] = PUBLISHED_STRIDES,
         alignment: Alignment = "corners",
         amplifier_width: int | None = None,
+        fine_embedding: bool = False,
         learning_rate: float = 0.005,
         epochs: int | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -145,6 +148,7 @@ class AAND(DistillationModule, AnomalibModule):
             strides=strides,
             alignment=alignment,
             amplifier_width=amplifier_width,
+            fine_embedding=fine_embedding,
         )
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()

@@ -14,20 +14,26 @@ from torchvision.ops import Conv2dNormActivation
 PUBLISHED_STRIDES = (4, 8, 16)
 
 
-def reverse_student(backbone: str, channels: Sequence[int], strides: Sequence[int] = PUBLISHED_STRIDES) -> nn.Module:
+def reverse_student(
+    backbone: str,
+    channels: Sequence[int],
+    strides: Sequence[int] = PUBLISHED_STRIDES,
+    fine_embedding: bool = False,
+) -> nn.Module:
     """Choose the student for a teacher: anomalib's for the ResNets that it has one for, and else a small one.
 
     Args:
         backbone: Name of the teacher's timm model.
         channels: Channels of the teacher's stages.
         strides: Strides of the teacher's stages; anomalib's student takes the published ones only.
+        fine_embedding: Decode from an embedding as fine as the coarsest stage, which the small student alone can.
 
     Returns:
         A module that takes the features of all stages and gives as many of the same shapes.
     """
     architecture = backbone.partition(".")[0]
-    if tuple(strides) != PUBLISHED_STRIDES:
-        return SmallStudent(channels)
+    if fine_embedding or tuple(strides) != PUBLISHED_STRIDES:
+        return SmallStudent(channels, fine_embedding)
     try:
         decoder = get_decoder(architecture)
     except ValueError:
@@ -71,17 +77,19 @@ class SmallStudent(nn.Module):
 
     Args:
         channels: Channels of the teacher's stages, from the finest to the coarsest, each half the size of the last.
+        fine_embedding: Decode from an embedding of the coarsest stage's size, with half of its channels; otherwise, as
+            reverse distillation does, of half of its size, with twice its channels. Both hold as many values.
     """
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], fine_embedding: bool = False) -> None:
         super().__init__()
         coarsest = channels[-1]
-        embedding = 2 * coarsest
+        embedding, stride = (coarsest // 2, 1) if fine_embedding else (2 * coarsest, 2)
         self.shrink = nn.ModuleList(
             nn.Sequential(*(_separable(fine, coarse, stride=2) for fine, coarse in pairwise(channels[stage:])))
             for stage in range(len(channels))
         )
-        self.embed = _separable(len(channels) * coarsest, embedding, stride=2)
+        self.embed = _separable(len(channels) * coarsest, embedding, stride)
         self.reduce = nn.ModuleList(
             Conv2dNormActivation(coarse, fine, kernel_size=1) for fine, coarse in pairwise([*channels, embedding])
         )

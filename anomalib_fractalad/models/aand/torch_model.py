@@ -49,6 +49,7 @@ class AANDModel(nn.Module):
             convolutions pad evenly.
         amplifier_width: Channels of the hidden layers that amplify anomalies; left out, the published min(2 x channels
             of the stage, 1024).
+        fine_embedding: Let the student decode from an embedding as fine as the coarsest stage.
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
@@ -72,6 +73,7 @@ class AANDModel(nn.Module):
         strides: Sequence[int] = PUBLISHED_STRIDES,
         alignment: Alignment = "corners",
         amplifier_width: int | None = None,
+        fine_embedding: bool = False,
     ) -> None:
         super().__init__()
         check_positive(amplifier_width=amplifier_width)
@@ -86,7 +88,7 @@ class AANDModel(nn.Module):
         self.amplifiers = nn.ModuleList(
             ResidualAnomalyAmplification(stage, amplifier_width) for stage in (channels if amplification else [])
         )
-        self.student = reverse_student(backbone, channels, strides)
+        self.student = reverse_student(backbone, channels, strides, fine_embedding)
         self.smooth = GaussianSmoothing(SIGMA)
 
     def forward(self, images: Tensor) -> InferenceBatch:
