@@ -27,6 +27,9 @@ def split_by_tile(root: Path, output: Path, gap: int = 100, every: int = 5, firs
         every: Of so many such groups, one goes to the test images.
         first: Which of them.
     """
+    if output.exists():
+        msg = f"{output} exists; name a new folder, so that no other split's images are mixed with these"
+        raise ValueError(msg)
     normal = [*(root / "train" / "good").iterdir(), *(root / "test" / "good").iterdir()]
     groups = by_tile(normal, gap)
     for index, group in enumerate(groups):
