@@ -46,8 +46,12 @@ def choose_alignment(checkpoint: Path, images: Path, every: int = 1, size: int =
 
 def pixel_precision(maps: Tensor, images: Tensor, normal: Tensor) -> float:
     """Average precision of the pixels that differ visibly from normal images (B, 3, H, W)."""
-    changed = (images - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
-    return float(binary_average_precision(maps, changed.long()))
+    return float(binary_average_precision(maps, changed(images, normal).long()))
+
+
+def changed(images: Tensor, normal: Tensor) -> Tensor:
+    """Pixels that differ visibly from normal images (B, 3, H, W), (B, 1, H, W)."""
+    return (images - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
 
 
 def table_row(values: list[list[float]]) -> str:

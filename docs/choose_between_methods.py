@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models import Patchcore
+from choose_alignment import changed
 from choose_stages import anomalies, auroc, read_images
 from jsonargparse import auto_cli
 from kornia.filters import gaussian_blur2d
@@ -23,7 +24,6 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from anomalib_fractalad import AAND
 
-VISIBLE = 2 / 255
 Predict = Callable[[Tensor], InferenceBatch]
 
 
@@ -66,7 +66,7 @@ def defects(normal: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
     Besides those of choose_stages.py: large soft-edged spots of another texture or brightness, and cracks.
     """
-    made = {kind: (batch, differ(batch, normal)) for kind, batch in anomalies(normal).items()}
+    made = {kind: (batch, changed(batch, normal)) for kind, batch in anomalies(normal).items()}
     spot = soft_spots(normal)
     textures = {
         "smooth": gaussian_blur2d(normal, (13, 13), (2.0, 2.0)),
@@ -78,10 +78,6 @@ def defects(normal: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     made |= {kind: (normal.lerp(t, spot).clamp(0, 1), spot > 0.5) for kind, t in textures.items()}
     crack = cracks(normal)
     return made | {"crack": ((normal - 0.12 * crack).clamp(0, 1), crack > 0)}
-
-
-def differ(images: Tensor, normal: Tensor) -> Tensor:
-    return (images - normal).abs().amax(dim=1, keepdim=True) > VISIBLE
 
 
 def soft_spots(like: Tensor) -> Tensor:
