@@ -4,15 +4,14 @@
 python docs/choose_between_methods.py --checkpoints "[a.ckpt, b.ckpt]" --images PATH --held PATH
 """
 
-from collections.abc import Callable
 from functools import partial
 from math import tau
 from pathlib import Path
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.models import Patchcore
+from anomalib.models import AnomalibModule, Patchcore
 from choose_alignment import changed
+from choose_model import predict
 from choose_stages import anomalies, auroc, read_images
 from jsonargparse import auto_cli
 from kornia.filters import gaussian_blur2d
@@ -23,8 +22,6 @@ from torchmetrics.functional.classification import binary_average_precision
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from anomalib_fractalad import AAND
-
-Predict = Callable[[Tensor], InferenceBatch]
 
 
 def choose_between_methods(
@@ -54,11 +51,11 @@ def choose_between_methods(
     print(f"{'':36}", *(f"{kind:>13}" for kind in [*kinds, "mean"]))
     for checkpoint in checkpoints:
         model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
-        compare(checkpoint.stem, lambda batch, model=model: model.model(model.pre_processor(batch)), normal, kinds)
+        compare(checkpoint.stem, model, normal, kinds)
     if memory:
-        patchcore = Patchcore(backbone=backbone, layers=layers, pre_processor=False, visualizer=False).eval()
+        patchcore = Patchcore(backbone=backbone, layers=layers, visualizer=False).eval()
         remember(patchcore, sorted(images.iterdir()), memory, size)
-        compare("PatchCore", lambda batch: patchcore.model(normalise(batch)), normal, kinds, mirror=False)
+        compare("PatchCore", patchcore, normal, kinds, mirror=False)
 
 
 def defects(normal: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -103,11 +100,6 @@ def cracks(like: Tensor, length: int = 70) -> Tensor:
     return max_pool2d(lines, 2, 1, 1)[..., :-1, :-1]
 
 
-def normalise(images: Tensor) -> Tensor:
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    return (images - mean) / deviation
-
-
 @torch.inference_mode()
 def remember(patchcore: Patchcore, files: list[Path], memory: int, size: int) -> None:
     """Fill PatchCore's memory with an equal number of random positions of each image."""
@@ -115,7 +107,7 @@ def remember(patchcore: Patchcore, files: list[Path], memory: int, size: int) ->
     network.train()
     kept = []
     for file in files:
-        embedding = network(normalise(read_images([file], size)))
+        embedding = network(patchcore.pre_processor(read_images([file], size)))
         network.embedding_store.clear()
         kept.append(embedding[torch.randperm(len(embedding))[: -(-memory // len(files))]])
     network.memory_bank = torch.cat(kept)
@@ -123,10 +115,10 @@ def remember(patchcore: Patchcore, files: list[Path], memory: int, size: int) ->
 
 
 def compare(
-    name: str, predict: Predict, normal: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], mirror: bool = True
+    name: str, model: AnomalibModule, normal: Tensor, kinds: dict[str, tuple[Tensor, Tensor]], mirror: bool = True
 ) -> None:
     for suffix, mirrored in (("", False), (", mirrored", True))[: 1 + mirror]:
-        found = partial(maps_and_scores, predict, mirrored=mirrored)
+        found = partial(maps_and_scores, model, mirrored=mirrored)
         _, low = found(normal)
         figures = []
         for batch, mask in kinds.values():
@@ -136,15 +128,13 @@ def compare(
         print(f"{name + suffix:36}", *(f"{precision:.3f}, {area:.3f} " for precision, area in figures), flush=True)
 
 
-@torch.inference_mode()
-def maps_and_scores(predict: Predict, images: Tensor, mirrored: bool) -> tuple[Tensor, Tensor]:
-    """Maps and scores, the mean over mirrored images if wished."""
-    ways: list[list[int]] = [[], [-1], [-2], [-2, -1]] if mirrored else [[]]
-    outputs = [[predict(batch.flip(way)) for batch in images.split(16)] for way in ways]
-    maps = [torch.cat([o.anomaly_map for o in way]).flip(dims) for way, dims in zip(outputs, ways, strict=True)]
-    scores = [torch.cat([o.pred_score.flatten() for o in way]) for way in outputs]
-    mean = torch.stack(maps).mean(dim=0)
-    return mean, mean.amax(dim=(1, 2, 3)) if mirrored else scores[0]
+def maps_and_scores(model: AnomalibModule, images: Tensor, mirrored: bool) -> tuple[Tensor, Tensor]:
+    """Maps at the images' size, and scores; of the mean over mirrored images if wished."""
+    if not mirrored:
+        return predict(model, images)
+    ways: list[list[int]] = [[], [-1], [-2], [-2, -1]]
+    mean = torch.stack([predict(model, images.flip(way))[0].flip(way) for way in ways]).mean(dim=0)
+    return mean, mean.amax(dim=(1, 2, 3))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python docs/choose_model.py --checkpoints "[a.ckpt, b.ckpt]" --images PATH
 from pathlib import Path
 
 import torch
+from anomalib.models import AnomalibModule
 from choose_alignment import pixel_precision, table_row
 from choose_stages import anomalies, auroc, read_images
 from jsonargparse import auto_cli
@@ -46,11 +47,13 @@ def evaluate(model: AAND, normal: Tensor, kinds: dict[str, Tensor]) -> str:
 
 
 @torch.inference_mode()
-def predict(model: AAND, images: Tensor) -> tuple[Tensor, Tensor]:
+def predict(model: AnomalibModule, images: Tensor) -> tuple[Tensor, Tensor]:
     """Maps at the images' size, and scores."""
     outputs = [model.model(model.pre_processor(batch)) for batch in images.split(16)]
     maps = torch.cat([output.anomaly_map for output in outputs])
-    return interpolate(maps, size=images.shape[-2:], mode="bilinear"), torch.cat([o.pred_score for o in outputs])
+    return interpolate(maps, size=images.shape[-2:], mode="bilinear"), torch.cat(
+        [o.pred_score.flatten() for o in outputs]
+    )
 
 
 if __name__ == "__main__":
