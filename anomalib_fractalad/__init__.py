@@ -4,7 +4,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from anomalib_fractalad.plugin import DATA_MODULES, MODELS, register_on_import
+from anomalib_fractalad.registration import DATA_MODULES, MODELS, register_on_import
 
 if TYPE_CHECKING:
     from anomalib_fractalad.data import SurfaceDefects

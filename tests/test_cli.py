@@ -14,7 +14,7 @@ from conftest import assert_same_weights, tile_arguments
 from docstring_parser import parse
 
 import anomalib_fractalad
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.backbone", "test_resnet", "--model.pre_trained", "false"]

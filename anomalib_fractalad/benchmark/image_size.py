@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_fractalad.benchmark.measure import FLOAT32, peak_memory
 from anomalib_fractalad.models.components import DistillationModule
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 TILE = 256
 

@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_fractalad.benchmark.config import RUNTIMES
 from anomalib_fractalad.benchmark.measure import COMPRESSION, Inferencer, openvino_inferencer, seconds_each
 from anomalib_fractalad.models.components import check_positive
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 
 def inference_speed(

@@ -33,7 +33,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_fractalad.benchmark.config import import_class
 from anomalib_fractalad.benchmark.job import Record, conditions, describe, missing_runtimes, state_of
-from anomalib_fractalad.pictures import open_rgb
+from anomalib_fractalad.image_files import open_rgb
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 BATCH_SIZE = 8

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from anomalib_fractalad.benchmark.measure import working_directory
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.models.components import DistillationModule
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 COUNTS = ("open_files", "threads", "child_processes")
 COLUMNS = ("round", "minutes", "memory_mib", *COUNTS)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from anomalib_fractalad.benchmark.measure import peak_memory
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 WARM_UP = 2
 SEED = 0

@@ -17,7 +17,7 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from test_all_models import small_model
 from test_cli import SMALL, cli, data_arguments
 
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 
 class Notes(Callback):

@@ -17,7 +17,7 @@ from conftest import make_tiles, small_engine
 from lightning import Callback, seed_everything
 from test_all_models import small_model
 
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 WORKERS = (0, 2)
 EPOCHS = 3  # of 3 steps

@@ -15,7 +15,7 @@ from anomalib_fractalad.models.aand import loss as aand
 from anomalib_fractalad.models.adps import loss as adps
 from anomalib_fractalad.models.components import cosine_distance
 from anomalib_fractalad.models.fractalad import loss as fractalad
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 
 def small_model(name: str, **arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import anomalib_fractalad
 from anomalib_fractalad.models.components import FrozenTeacher
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 BACKBONE = "test_resnet"
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from test_all_models import small_model
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from openvino.frontend.onnx import ConversionExtension
 from test_all_models import small_model
 from torch.fx.graph_module import _loader as generated_code
 
-from anomalib_fractalad.models.components import DistillationModule
-from anomalib_fractalad.models.components.export import (
+from anomalib_fractalad.export.openvino import (
     CONVOLUTIONS,
     decide_constant_choices,
     quantize_features,
     symbolic_shapes,
 )
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.registration import MODELS
 
 
 def test_arguments_of_the_conversion_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torchvision.utils import save_image
 
 import anomalib_fractalad
 from anomalib_fractalad.models.components import DistillationModule, predict_by_tiles
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 TILE = 32
 

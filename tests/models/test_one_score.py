@@ -23,7 +23,7 @@ from conftest import FLOAT32, make_odd_pictures, save, small_engine
 from torchvision.transforms.v2 import Resize
 
 import anomalib_fractalad
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 COUNT = 200
 SIZES = [(64, 64), (48, 48), (100, 150), (41, 33), (8, 200), (300, 17), (96, 64), (3, 3), (128, 128), (250, 180)]

@@ -12,7 +12,7 @@ from killed_training import POINTS, WORKERS
 from test_all_models import small_model
 
 from anomalib_fractalad import FractalAD
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 
 @pytest.fixture(scope="module")

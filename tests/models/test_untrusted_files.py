@@ -13,7 +13,7 @@ from anomalib.deploy import ExportType, TorchInferencer
 from conftest import small_engine
 from test_all_models import small_model
 
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.registration import MODELS
 
 WAYS: dict[str, Callable[[Any, Path, Folder, Path], Any]] = {
     "load_from_checkpoint": lambda model, file, _data, _folder: type(model).load_from_checkpoint(file),

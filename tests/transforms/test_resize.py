@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
-from anomalib_fractalad.transforms.resize import AntialiasedResize, keep_antialiasing
+from anomalib_fractalad.export.resize import AntialiasedResize, keep_antialiasing
 
 
 @pytest.mark.parametrize("source", [(512, 512), (300, 457), (100, 90), (64, 64), (1, 1), (33, 1000)])

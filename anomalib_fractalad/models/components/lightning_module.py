@@ -5,50 +5,35 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils.tiler import Tiler
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
-from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_fractalad.pictures import check_pictures, leave_out_unreadable
-from anomalib_fractalad.transforms.resize import keep_antialiasing
+from anomalib_fractalad.export.module import ExportModule
+from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO, check_checkpoint
+from anomalib_fractalad.training.image_check import check_pictures, leave_out_unreadable
 
-from .checkpoint_io import AtomicCheckpointIO, check_checkpoint
-from .export import decide_constant_choices, leave_nothing_behind, quantize_features
 from .tiling import make_tiler, tiler_settings
-
-# anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
-if TYPE_CHECKING:
-    from openvino import Model
-
-    _Base = AnomalibModule
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 
-EXPORT_OPSET = 18  # grid_sample needs 16; torch's exporter writes 18 and can only fail to go below
 
-
-class DistillationModule(_Base):
+class DistillationModule(ExportModule):
     """Training length, evaluation, export and resuming, the same for every model of the package.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
@@ -65,14 +50,6 @@ class DistillationModule(_Base):
     _validation_is_due = False
     _epoch_state: Mapping[str, Any] = MappingProxyType({})
     _shuffled = False
-
-    def __init__(self, **components: Any) -> None:
-        super().__init__(**components)
-        self._keep_antialiasing_in_export()
-
-    def _keep_antialiasing_in_export(self) -> None:
-        if isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.export_transform = keep_antialiasing(self.pre_processor.transform)
 
     @property
     def _tiler(self) -> Tiler | None:
@@ -246,7 +223,6 @@ class DistillationModule(_Base):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the random number generators' states for a resumed training, and the tiler if none is given."""
         super().on_load_checkpoint(checkpoint)
-        self._keep_antialiasing_in_export()
         self._random_states = checkpoint.get("random_states", [])
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
         if progress is not None:
@@ -320,70 +296,6 @@ class DistillationModule(_Base):
         del args, kwargs
         predictions: InferenceBatch = self.model(batch.image)
         return batch.update(**predictions._asdict())  # type: ignore[no-any-return]
-
-    def to_onnx(  # type: ignore[override]
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX, with operators of opset 18 unless told otherwise.
-
-        Args:
-            export_root: Folder to export into.
-            model_file_name: Name of the file, without its ending.
-            input_size: Height and width; left out, any size is taken (at least 64x96 without a pre-processor that
-                resizes).
-            **kwargs: Passed on to :func:`torch.onnx.export`.
-
-        Returns:
-            The ONNX file.
-        """
-        kwargs = {"opset_version": EXPORT_OPSET, "verbose": False, **kwargs}
-        if input_size is None and self.input_size is None:
-            # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
-            batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
-            kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
-        self._warn_without_thresholds(self.post_processor)
-        with leave_nothing_behind():
-            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-
-    def _warn_without_thresholds(self, post_processor: nn.Module | None) -> None:
-        if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
-            return
-        if post_processor.image_threshold.isnan():
-            logger.warning(
-                "%s was never validated, so it has no thresholds: exported, it compares raw scores with %g. Run "
-                "engine.validate first.",
-                self.name,
-                float(post_processor.normalized_image_threshold),
-            )
-
-    def to_openvino(self, *args: Any, ov_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Path:
-        """Export to OpenVINO.
-
-        Args:
-            *args: As for anomalib's :meth:`to_openvino`.
-            ov_kwargs: Passed on to :func:`openvino.convert_model`; an ``extension`` comes beside the package's own.
-            **kwargs: As for anomalib's :meth:`to_openvino`.
-
-        Returns:
-            The .xml file.
-        """
-        if find_spec("openvino") is not None:  # or anomalib says that it is missing
-            given = (ov_kwargs or {}).get("extension") or []
-            extensions = [decide_constant_choices(), *(given if isinstance(given, list) else [given])]
-            ov_kwargs = {**(ov_kwargs or {}), "extension": extensions}
-        return super().to_openvino(*args, ov_kwargs=ov_kwargs, **kwargs)  # type: ignore[misc]
-
-    @staticmethod
-    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
-        if datamodule is None:
-            msg = "INT8 needs images to calibrate with; give the export a datamodule"
-            raise ValueError(msg)
-        datamodule.setup("fit")  # anomalib's own would go on with NNCF's defaults
-        return quantize_features(model, datamodule.val_dataloader())
 
 
 def _random_state() -> dict[str, Any]:

@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Pad
 
 import anomalib_fractalad
-from anomalib_fractalad.pictures import UnreadablePictureError, check_pictures, leave_out_unreadable
-from anomalib_fractalad.plugin import MODELS
+from anomalib_fractalad.image_files import UnreadablePictureError
+from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.training.image_check import check_pictures, leave_out_unreadable
 
 Odd = tuple[list[Path], dict[Path, str]]
 

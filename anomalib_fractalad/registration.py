@@ -141,7 +141,7 @@ def _join_benchmark_results() -> None:
 
 def _read_every_picture() -> None:
     """Let anomalib read grey pictures of more than 8 bits, and name the file that it cannot read."""
-    from anomalib_fractalad.pictures import read_image, read_mask  # noqa: PLC0415
+    from anomalib_fractalad.image_files import read_image, read_mask  # noqa: PLC0415
 
     module = sys.modules["anomalib.data.utils.image"]
     for replacement in (read_image, read_mask):
@@ -179,7 +179,7 @@ def _get_item(get_item: Callable[..., Any], dataset: Any, args: tuple[int], kwar
 
 def _show_every_picture() -> None:
     """Let heat maps be drawn on pictures as they are read for the model."""
-    from anomalib_fractalad.pictures import open_rgb  # noqa: PLC0415
+    from anomalib_fractalad.image_files import open_rgb  # noqa: PLC0415
 
     module: Any = sys.modules["anomalib.visualization.image.item_visualizer"]
     module.Image = SimpleNamespace(open=open_rgb)
@@ -187,7 +187,7 @@ def _show_every_picture() -> None:
 
 def _allow_every_script() -> None:
     """Let paths hold letters of any script: anomalib takes all but ASCII for characters that cannot be printed."""
-    from anomalib_fractalad.pictures import has_control_characters  # noqa: PLC0415
+    from anomalib_fractalad.image_files import has_control_characters  # noqa: PLC0415
 
     module: Any = sys.modules["anomalib.data.utils.path"]
     module.contains_non_printable_characters = has_control_characters

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading pictures that are not like the others, and finding those that cannot be read before work is lost.
+"""Reading images that are not like the others.
 
 :func:`read_image` and :func:`read_mask` take the place of anomalib's functions of the same names
-(:mod:`anomalib_fractalad.plugin`). They differ in what anomalib 2.7 gets wrong: grey pictures of more than 8 bits come
-out white there, and the errors for broken files do not name the file.
+(:mod:`anomalib_fractalad.registration`). They differ in what anomalib 2.7 gets wrong: gray images of more than 8 bits
+come out white there, and the errors for broken files do not name the file.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
-
-_SHOWN = 10  # files named in an error
-_THREADS = 8
 
 
 class UnreadablePictureError(OSError):
@@ -126,106 +120,3 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
 def has_control_characters(path: str | Path) -> bool:
     """Whether a path has characters that cannot be shown; letters of every script and all spaces can."""
     return any(unicodedata.category(character) in {"Cc", "Cs"} for character in str(path))
-
-
-def check_pictures(datasets: Iterable[Any]) -> None:
-    """Read all pictures and masks once.
-
-    Args:
-        datasets: Anomalib's data sets of images; others are passed over.
-
-    Raises:
-        UnreadablePictureError: If some cannot be read, or a mask has other proportions than its image; the message
-            names the files and what is wrong with each.
-    """
-    problems = _problems((item for dataset in datasets for item in _items(dataset)), _unusable)
-    if problems:
-        raise _error(problems)
-
-
-def leave_out_unreadable(datasets: Sequence[Any]) -> list[str]:
-    """Take the pictures that cannot be read out of data sets, in place.
-
-    Args:
-        datasets: Anomalib's data sets of images; others are passed over.
-
-    Returns:
-        What is wrong with each of the pictures left out.
-
-    Raises:
-        UnreadablePictureError: If nothing would be left.
-    """
-    items = [list(_items(dataset)) for dataset in datasets]
-    problems = _problems(chain(*items), _unreadable)
-    if problems and problems.keys() == set(chain(*items)):
-        raise _error(problems)
-    if problems:
-        for dataset, candidates in zip(datasets, items, strict=True):
-            kept = [index for index, item in enumerate(candidates) if item not in problems]
-            if hasattr(dataset, "image_filenames"):
-                dataset.image_filenames = [dataset.image_filenames[index] for index in kept]
-            elif candidates:
-                dataset.subsample(kept, inplace=True)
-    return list(problems.values())
-
-
-_Item = tuple[str, ...]  # an image and its masks
-
-
-def _items(dataset: Any) -> Iterator[_Item]:
-    from anomalib import TaskType  # noqa: PLC0415
-    from anomalib.data import AnomalibDataset, PredictDataset  # noqa: PLC0415
-    from anomalib.data.datasets.base import AnomalibVideoDataset  # noqa: PLC0415
-    from anomalib.data.utils import LabelName  # noqa: PLC0415
-
-    if isinstance(dataset, PredictDataset):
-        yield from ((str(path),) for path in dataset.image_filenames)
-    elif isinstance(dataset, AnomalibDataset) and not isinstance(dataset, AnomalibVideoDataset):
-        for sample in dataset.samples.itertuples():
-            masked = dataset.task == TaskType.SEGMENTATION and sample.label_index == LabelName.ABNORMAL
-            masks = sample.mask_path if masked else []
-            yield (sample.image_path, *([masks] if isinstance(masks, str) else masks))
-
-
-def _problems(items: Iterable[_Item], problem: Callable[[_Item], str]) -> dict[_Item, str]:
-    items = list(dict.fromkeys(items))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return {item: found for item, found in zip(items, pool.map(problem, items), strict=True) if found}
-
-
-def _error(problems: dict[_Item, str]) -> UnreadablePictureError:
-    shown = list(problems.values())[:_SHOWN]
-    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    return UnreadablePictureError("\n  ".join([f"{len(problems)} picture(s) cannot be used:", *shown, *more]))
-
-
-def _unreadable(item: _Item) -> str:
-    image, *masks = item
-    try:
-        open_rgb(image)
-        for mask in masks:
-            read_mask(mask)
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-def _unusable(item: _Item) -> str:
-    image, *masks = item
-    problem = _unreadable(item)
-    if problem or not masks:
-        return problem
-    width, height = _size(image)
-    for mask in masks:
-        mask_width, mask_height = _size(mask)
-        if abs(mask_width * height - mask_height * width) > max(width, height):  # more than a pixel of the mask
-            return (
-                f"{mask} is a mask of {mask_width}x{mask_height} pixels for an image of {width}x{height}, {image}. "
-                "It has to have the image's proportions."
-            )
-    return ""
-
-
-def _size(path: str) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size

@@ -27,13 +27,13 @@ for name in ("FractalAD", "fractalad"):
 for path in ("FractalAD", "anomalib.models.FractalAD"):
     assert type(get_model({"class_path": path, "init_args": arguments})) is FractalAD
 import sys, anomalib.deploy, anomalib.data.utils.synthetic, anomalib.visualization.image.item_visualizer as visualizer
-from anomalib_fractalad import pictures
+from anomalib_fractalad import image_files
 for key, module in list(sys.modules.items()):
     for name in ("read_image", "read_mask"):
         if key.startswith("anomalib.") and name in vars(module):
-            assert vars(module)[name] is getattr(pictures, name), (key, name)
-assert visualizer.Image.open is pictures.open_rgb
-assert anomalib.data.utils.path.contains_non_printable_characters is pictures.has_control_characters
+            assert vars(module)[name] is getattr(image_files, name), (key, name)
+assert visualizer.Image.open is image_files.open_rgb
+assert anomalib.data.utils.path.contains_non_printable_characters is image_files.has_control_characters
 print("registered")
 """
 
@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "anomalib_fractalad",
         "anomalib_fractalad.models.fractalad.lightning_model",
         "anomalib_fractalad.data.surface_defects",
-        "anomalib_fractalad.pictures",
+        "anomalib_fractalad.image_files",
     ],
 )
 def test_every_import_order(first: str, run: Run) -> None:
@@ -117,10 +117,10 @@ def test_import_of_torch_stays_cheap(run: Run) -> None:
     result = run("""
         import sys
         import torch
-        ours = {"anomalib_fractalad.models", "anomalib_fractalad.pictures"}
+        ours = {"anomalib_fractalad.models", "anomalib_fractalad.image_files"}
         heavy = ({"anomalib", "lightning", "timm", "kornia", "wrapt"} | ours) & sys.modules.keys()
         assert not heavy, heavy
-        assert "anomalib_fractalad.plugin" in sys.modules
+        assert "anomalib_fractalad.registration" in sys.modules
         print("cheap")
     """)
     assert result.endswith("cheap\n"), result
