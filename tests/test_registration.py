@@ -28,12 +28,21 @@ for path in ("FractalAD", "anomalib.models.FractalAD"):
     assert type(get_model({"class_path": path, "init_args": arguments})) is FractalAD
 import sys, anomalib.deploy, anomalib.data.utils.synthetic, anomalib.visualization.image.item_visualizer as visualizer
 from anomalib_fractalad import image_files
+from anomalib_fractalad.repairs import REPAIRS, reach, state
+for_all = reach() == "all"
 for key, module in list(sys.modules.items()):
     for name in ("read_image", "read_mask"):
         if key.startswith("anomalib.") and name in vars(module):
-            assert vars(module)[name] is getattr(image_files, name), (key, name)
-assert visualizer.Image.open is image_files.open_rgb
-assert anomalib.data.utils.path.contains_non_printable_characters is image_files.has_control_characters
+            assert (vars(module)[name] is getattr(image_files, name)) == for_all, (key, name)
+assert (visualizer.Image.open is image_files.open_rgb) == for_all
+assert (anomalib.data.utils.path.contains_non_printable_characters is image_files.has_control_characters) == for_all
+import anomalib.engine, anomalib.utils.config, anomalib.pipelines.benchmark.job
+expected = {"own": "for this package's models", "all": "for every model", "none": "off"}
+for repair in REPAIRS:
+    assert state(repair).partition(" (")[0] == expected[reach()], (repair.name, state(repair))
+assert hasattr(anomalib.engine.Engine.predict, "__wrapped__") == (reach() == "own")
+assert hasattr(anomalib.utils.config.update_config, "__wrapped__") == (reach() != "none")
+assert type(get_model({"class_path": "anomalib_fractalad.FractalAD", "init_args": arguments})) is FractalAD
 print("registered")
 """
 
@@ -108,6 +117,12 @@ def test_every_import_order(first: str, run: Run) -> None:
     assert result.endswith("registered\n"), result
 
 
+@pytest.mark.parametrize("reach", ["all", "none"])
+def test_repairs_for_every_model_and_for_none(reach: str, run: Run) -> None:
+    result = run(f"import anomalib.engine\n{CHECK}", ANOMALIB_FRACTALAD_REPAIRS=reach)
+    assert result.endswith("registered\n"), result
+
+
 def test_without_torch_autoload_importing_the_package_is_enough(run: Run) -> None:
     result = run(f"import anomalib.models\nimport anomalib_fractalad\n{CHECK}", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert result.endswith("registered\n"), result
@@ -137,7 +152,7 @@ def test_models_that_cannot_be_imported_leave_anomalib_and_torch_working(first: 
             import anomalib.models
         ours = [str(w.message) for w in caught if "anomalib-fractalad" in str(w.message)]
         assert len(ours) == 1, ours
-        assert "anomalib>=2.7,<3" in ours[0]
+        assert "anomalib>=2.7,<2.8" in ours[0]
         assert "padim" in anomalib.models.list_models()
         import torch
         print(torch.ones(2).sum().item())
@@ -152,7 +167,10 @@ def test_a_broken_wrapt_leaves_anomalib_working(run: Run) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             import anomalib.models
-        assert sum("anomalib-fractalad" in str(w.message) for w in caught) == 1
+        ours = [str(w.message) for w in caught if "anomalib-fractalad" in str(w.message)]
+        assert len(ours) == 2, ours
+        assert "could not register" in ours[0]
+        assert "repairs of anomalib are off" in ours[1]
         print("padim" in anomalib.models.list_models())
     """)
     assert result.endswith("True\n"), result

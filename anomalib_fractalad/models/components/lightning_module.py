@@ -18,6 +18,7 @@ from anomalib.data.utils.tiler import Tiler
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_fractalad.export.module import ExportModule
+from anomalib_fractalad.repairs.callback import RepairedData
+from anomalib_fractalad.repairs.visualizer import RepairedImageVisualizer
 from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO, check_checkpoint
 from anomalib_fractalad.training.image_check import check_pictures, leave_out_unreadable
 
@@ -92,6 +95,15 @@ class DistillationModule(ExportModule):
                 AUPRO(maps, "pixel_", strict=False),
             ],
         )
+
+    @classmethod
+    def configure_visualizer(cls) -> RepairedImageVisualizer:
+        """Anomalib's visualizer, which draws gray images of 16 bits as the model reads them."""
+        return RepairedImageVisualizer()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's components, and repaired reading of images."""
+        return [RepairedData(), *super().configure_callbacks()]
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written as a whole or not at all, and damaged ones refused."""
