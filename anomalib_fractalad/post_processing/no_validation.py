@@ -63,6 +63,6 @@ def message(model: LightningModule, cause: str, *, has_thresholds: bool = False)
             "validation, which do not fit what it learns now. Run engine.validate afterwards."
         )
     return (
-        f"{name} has no thresholds, because {cause}: scores and anomaly maps are raw, and there are no labels, no masks "
-        "and no F1 scores. Run engine.validate with validation images, or let training validate."
+        f"{name} has no thresholds, because {cause}: scores and anomaly maps are raw, and there are no labels, masks "
+        "and F1 scores. Run engine.validate with validation images, or let training validate."
     )

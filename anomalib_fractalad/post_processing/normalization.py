@@ -42,15 +42,15 @@ def normalize(scores: Tensor, low: Tensor, high: Tensor, threshold: Tensor) -> T
     below, above, span = threshold - low, high - threshold, high - low
     constant = torch.where(threshold.abs() > NEXT_TO_NOTHING, threshold.abs(), one)
     span = torch.where(span > 0, span, constant)
-    drop = 0.5 * (below / (LEAST_BELOW * span)).clamp(max=1)
-    rise = (HIGHEST - 0.5) * (above / (LEAST_ABOVE * span)).clamp(max=1)
+    drop = 0.5 * (below / (LEAST_BELOW * span)).clamp(max=1.0)
+    rise = (HIGHEST - 0.5) * (above / (LEAST_ABOVE * span)).clamp(max=1.0)
     below, above = (torch.where(length > 0, length, one) for length in (below, above))
     # Of scores that are positive by nature, those below the lowest lie within it.
     scale = torch.where((low > NEXT_TO_NOTHING) & (low < span), low, span)
 
     # At the threshold, the quotient is exactly 1: a product with the reciprocal would miss 0.5.
-    segments = drop * ((scores.clamp(low, threshold) - low) / below)
-    segments = segments + rise * ((scores.clamp(threshold, high) - threshold) / above)
-    lower_tail = (0.5 - drop).clamp(min=LOWEST) * (scale / (scale + (low - scores).clamp(min=0)))
-    beyond = (scores - high).clamp(min=0, max=1 / NEXT_TO_NOTHING)  # infinity would become NaN
+    segments = drop * ((torch.minimum(scores, threshold) - low).relu() / below)
+    segments = segments + rise * (torch.minimum((scores - threshold).relu(), above) / above)
+    lower_tail = (0.5 - drop).clamp(min=LOWEST) * (scale / (scale + (low - scores).relu()))
+    beyond = (scores - high).clamp(min=0.0, max=1 / NEXT_TO_NOTHING)  # infinity would become NaN
     return segments + lower_tail + (0.5 - rise) * (beyond / (span + beyond))
