@@ -17,12 +17,12 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from conftest import FLOAT32, make_odd_pictures, save, small_engine
 from torchvision.transforms.v2 import Resize
 
 import anomalib_fractalad
+from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
 
 COUNT = 200
@@ -105,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[st
             pre_trained=False,
             visualizer=False,
             pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
-            post_processor=PostProcessor(image_sensitivity=1 - THRESHOLD),
+            post_processor=OrderPreservingPostProcessor(image_sensitivity=1 - THRESHOLD),
             **({"patches": 2, "learning_rate": 1e-3} if name == "ADPS" else {}),
         )
         data = Folder(

@@ -26,6 +26,7 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_fractalad.export.module import ExportModule
+from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.repairs.callback import RepairedData
 from anomalib_fractalad.repairs.visualizer import RepairedImageVisualizer
 from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO, check_checkpoint
@@ -78,17 +79,21 @@ class DistillationModule(ExportModule):
         """
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
+    def configure_post_processor(self) -> OrderPreservingPostProcessor:
+        """Thresholds as anomalib's, and a normalization that keeps the order of all scores."""
+        return OrderPreservingPostProcessor()
+
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """Anomalib's image and pixel AUROC and F1, and pixel AP (AUPR) and AUPRO.
 
-        Pixel metrics are left out where the data have no masks.
+        Pixel metrics are left out where the data have no masks, and F1 where there are no thresholds.
         """
         maps = ["anomaly_map", "gt_mask"]
         return Evaluator(
             test_metrics=[
                 AUROC(["pred_score", "gt_label"], "image_"),
-                F1Score(["pred_label", "gt_label"], "image_"),
+                F1Score(["pred_label", "gt_label"], "image_", strict=False),
                 AUROC(maps, "pixel_", strict=False),
                 F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False),
                 AUPR(maps, "pixel_", strict=False),

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds and normalization of scores and anomaly maps."""
+
+from .order_preserving import OrderPreservingPostProcessor
+
+__all__ = ["OrderPreservingPostProcessor"]
