@@ -36,6 +36,7 @@ class ExactResume(Callback):
         self._validation_is_due = False
         self._epoch_state: dict[str, Any] = {}
         self._start_state: dict[str, Any] = {}
+        self._stopped_state: dict[str, Any] | None = None
         self._shuffled = False  # for the epoch that a fit begins or goes on with
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,10 +101,12 @@ class ExactResume(Callback):
         if not self._shuffled:
             self._epoch_state = random_state()
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note that from now on, data are shuffled where an epoch starts."""
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Note that from now on, data are shuffled where an epoch starts, and the state where an epoch is cut short."""
         del args, kwargs
         self._shuffled = False
+        cut_short = trainer.should_stop and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._stopped_state = random_state() if cut_short else None  # Lightning validates next, which draws numbers
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where an epoch is resumed after its last batch, let the next one shuffle as if nothing had happened."""
@@ -121,7 +124,8 @@ class ExactResume(Callback):
         """The random states of every process; to be asked for in all of them at once."""
         # Before the first step of a fit, what counts is what the data were shuffled from.
         before_a_step = self._shuffled and not self._batches_done
-        state = {**(self._epoch_state if before_a_step else random_state()), "epoch": self._epoch_state}
+        state = self._epoch_state if before_a_step else self._stopped_state or random_state()
+        state = {**state, "epoch": self._epoch_state}
         states = [state]
         if dist.is_available() and dist.is_initialized():
             states *= dist.get_world_size()
