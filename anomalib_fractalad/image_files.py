@@ -6,15 +6,19 @@
 come out white there, and the errors for broken files do not name the file.
 """
 
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
+
+_Result = TypeVar("_Result")
 
 
 class UnreadablePictureError(OSError):
@@ -72,7 +76,52 @@ def open_rgb(path: str | Path) -> Image.Image:
     return _open(path, lambda picture: _in_8_bits(picture).convert("RGB"))
 
 
-def _open(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def check_image(path: str | Path, *, decode: bool = True) -> None:
+    """Make sure that an image can be read, with as little memory as its format allows.
+
+    Args:
+        path: The file.
+        decode: Decode all of it. Otherwise only its header is read, and whether the file ends where a JPEG or PNG ends.
+
+    Raises:
+        UnreadablePictureError: As for :func:`open_rgb`.
+    """
+    _open(path, lambda picture: _decode(picture, path, whole=decode))
+
+
+def is_blank(path: str | Path) -> bool:
+    """Whether a mask marks nothing.
+
+    Args:
+        path: The file, as for :func:`read_mask`.
+
+    Raises:
+        UnreadablePictureError: If the file cannot be read.
+    """
+    return _open(path, lambda picture: picture.convert("L").getbbox()) is None
+
+
+def _decode(picture: Image.Image, path: str | Path, *, whole: bool) -> None:
+    if picture.mode in {"I", "F"}:  # whether they can be read depends on the values
+        _in_8_bits(picture)
+    elif whole or not _is_complete(path, picture.format):
+        picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its size
+        picture.load()
+
+
+def _is_complete(path: str | Path, kind: str | None) -> bool:
+    end = _ENDS.get(kind or "")
+    if end is None:
+        return False
+    with Path(path).open("rb") as file:
+        file.seek(-min(len(end), file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read() == end
+
+
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def _open(path: str | Path, convert: Callable[[Image.Image], _Result]) -> _Result:
     try:
         with Image.open(path) as picture:
             return convert(picture)

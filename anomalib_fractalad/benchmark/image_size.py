@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from anomalib_fractalad.benchmark.measure import FLOAT32, peak_memory
-from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
 TILE = 256
@@ -66,10 +66,10 @@ def _in_a_process(function: Callable[..., float], arguments: tuple[Any, ...]) ->
         return pool.apply(function, arguments)
 
 
-def _model(name: str, task: str, size: int, backbone: str) -> DistillationModule:
+def _model(name: str, task: str, size: int, backbone: str) -> OneClassModule:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    pre_processor = DistillationModule.configure_pre_processor((size, size))
+    pre_processor = OneClassModule.configure_pre_processor((size, size))
     model: Any = get_model(name, backbone=backbone, pre_trained=False, pre_processor=pre_processor, visualizer=False)
     model.model.tiler = Tiler(TILE, TILE) if task.endswith("tiles") else None
     return model  # type: ignore[no-any-return]

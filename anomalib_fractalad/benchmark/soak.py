@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from anomalib_fractalad.benchmark.measure import working_directory
 from anomalib_fractalad.data import SurfaceDefects
-from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
 COUNTS = ("open_files", "threads", "child_processes")
@@ -87,7 +87,7 @@ def soak(
 
 def _use(name: str, backbone: str, image_size: int, datamodule: SurfaceDefects, folder: Path) -> None:
     """Take a model through its whole life."""
-    pre_processor = DistillationModule.configure_pre_processor((image_size, image_size))
+    pre_processor = OneClassModule.configure_pre_processor((image_size, image_size))
     model = get_model(name, backbone=backbone, pre_trained=False, pre_processor=pre_processor)
     engine = Engine(
         max_epochs=1,

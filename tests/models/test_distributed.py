@@ -9,12 +9,11 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from conftest import make_tiles, run_script
-from lightning import Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from test_all_models import small_model
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.training.callbacks import warn_of_repetitions
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_the_program_trains_in_several_processes(results: Path, name: str, tile_
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_hold_the_random_numbers_of_every_process(results: Path, name: str) -> None:
     (checkpoint,) = (results / name).rglob("*.ckpt")
-    one, other = torch.load(checkpoint, weights_only=True)["random_states"]
+    one, other = torch.load(checkpoint, weights_only=True)["callbacks"]["ExactResume"]["random_states"]
     assert not torch.equal(one["cpu"], other["cpu"])
 
 
@@ -74,10 +73,7 @@ def test_pictures_that_are_validated_more_than_once_are_told(
 ) -> None:
     chosen = torch.rand(pictures, 1)  # by a sampler of the user's own, out of ten
     loader = DataLoader(TensorDataset(torch.rand(10, 1)), sampler=DistributedSampler(chosen, num_replicas=2, rank=0))
-    model = small_model("FractalAD")
-    model.trainer = Trainer(logger=False, enable_checkpointing=False)
-    model.trainer.fit_loop.epoch_loop.val_loop._combined_loader = CombinedLoader(loader)
-    model._warn_of_repetitions()
-    expected = [f"Lightning makes {seen} validation pictures out of {pictures}"] if seen > pictures else []
-    told = [message.partition(",")[0] for message in caplog.messages if "validation pictures" in message]
+    warn_of_repetitions([loader, [1, 2]])
+    expected = [f"Lightning makes {seen} validation images out of {pictures}"] if seen > pictures else []
+    told = [message.partition(",")[0] for message in caplog.messages if "validation images" in message]
     assert told == expected

@@ -21,7 +21,7 @@ from anomalib_fractalad.export.openvino import (
     quantize_features,
     symbolic_shapes,
 )
-from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
 
@@ -122,7 +122,7 @@ def test_nncf_can_quantise_everything(name: str, tmp_path: Path) -> None:
 
 def test_int8_asks_for_images() -> None:
     with pytest.raises(ValueError, match="give the export a datamodule"):
-        DistillationModule._post_training_quantization_ov(Model([], []), None)
+        OneClassModule._post_training_quantization_ov(Model([], []), None)
 
 
 def test_int8_asks_for_thresholds() -> None:

@@ -19,7 +19,8 @@ from jsonargparse import Namespace
 from torchvision.utils import save_image
 
 import anomalib_fractalad
-from anomalib_fractalad.models.components import DistillationModule, predict_by_tiles
+from anomalib_fractalad.models.components import predict_by_tiles
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
 TILE = 32
@@ -70,7 +71,7 @@ def test_training_on_tiles_and_one_score_everywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    pre_processor = DistillationModule.configure_pre_processor((64, 64))
+    pre_processor = OneClassModule.configure_pre_processor((64, 64))
     model = small_model(name, pre_processor=pre_processor)
     seen = []
     model.model.teacher.register_forward_pre_hook(lambda _module, images: seen.append(images[0].shape))

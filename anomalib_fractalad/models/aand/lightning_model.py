@@ -5,9 +5,9 @@ Tang, Zhou, Li, Dong, Wang, IEEE TIP 2026, arXiv 2405.02068.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from anomalib.data import ImageBatch
@@ -21,15 +21,16 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_fractalad.models.components import (
     AnomalyGenerator,
-    DistillationModule,
     GeneratorChoice,
+    ImageScore,
     Reduction,
     check_positive,
 )
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
+from anomalib_fractalad.training.schedules import epoch_length, scheduled
 from anomalib_fractalad.transforms.foreground import object_mask
 
 from .amplification import ResidualAnomalyAmplification
@@ -46,7 +47,7 @@ NORMAL_POSITIONS = 5000
 ANOMALOUS_POSITIONS = 1000
 
 
-class AAND(DistillationModule, AnomalibModule):
+class AAND(OneClassModule, AnomalibModule):
     """AAND, trained in two stages: amplify the teacher's anomalies, then distil its normal features.
 
     Args:
@@ -95,6 +96,16 @@ class AAND(DistillationModule, AnomalibModule):
     """
 
     model: AANDModel
+    architecture: ClassVar = {
+        "backbone": str,
+        "strides": list,
+        "amplifier_width": str,
+        "fine_embedding": bool,
+        "split": lambda split: split[0] > 0,
+    }
+    training_only: ClassVar = frozenset(
+        {"learning_rate", "split", "hard_distillation", "anomaly_generator", "object_mode"}
+    )
     plan = StagePlan(0, 0)
     _announced: Stage | None = None
 
@@ -176,8 +187,11 @@ class AAND(DistillationModule, AnomalibModule):
     def on_train_start(self) -> None:
         """Divide the training among the stages."""
         super().on_train_start()
-        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.plan = StagePlan.divide(int(self.training_steps), math.ceil(batches), self.split)
+        if math.isinf(self.training_steps):
+            msg = "the training data have no length; AAND has to know the end of training to divide it: set max_steps"
+            raise ValueError(msg)
+        epoch = epoch_length(self.trainer)
+        self.plan = StagePlan.divide(int(self.training_steps), 1 if math.isinf(epoch) else int(epoch), self.split)
         self._announced = None
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -240,8 +254,15 @@ class AAND(DistillationModule, AnomalibModule):
         groups = [{"name": stage.name.lower(), "params": list(part.parameters())} for stage, part in parts.items()]
         optimizer = Adam(groups, lr=self.learning_rate, betas=(0.5, 0.999))
         # Lightning makes the schedule before it knows the length of the training, but asks for a rate only afterwards.
-        schedule = LambdaLR(optimizer, [self._schedule_of(stage) for stage in parts])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, *map(self._schedule_of, parts))
+
+    def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Change arguments of a model that exists; see the base class."""
+        super().apply_arguments(arguments)
+        self.generator = AnomalyGenerator(arguments["anomaly_generator"])
+        self.model.score = ImageScore(arguments["score"], arguments["top_share"])
+        self.model.centre_strides = tuple(arguments["strides"]) if arguments["alignment"] == "centres" else None
+        self.distillation_loss = HardDistillationLoss() if arguments["hard_distillation"] else PlainDistillationLoss()
 
     def _schedule_of(self, stage: Stage) -> Callable[[int], float]:
         return lambda step: self.plan.lr_factor(stage, step)

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 
-LR_DECAY = 0.2
-LR_MILESTONES = (0.8, 0.9)
+from anomalib_fractalad.training.schedules import step_decay
 
 
 class Stage(IntEnum):
@@ -73,4 +72,4 @@ class StagePlan:
             done, length = step, self.amplification
         else:
             done, length = step - self.amplification, self.distillation
-        return LR_DECAY ** sum(done >= milestone * length for milestone in LR_MILESTONES) if length else 1.0
+        return step_decay(done, length) if length else 1.0

@@ -4,9 +4,9 @@
 Xing, Tang, Tang, Li, IEEE TNNLS 36(4), 2025, arXiv 2210.10495.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
@@ -16,19 +16,18 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Adam
-from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_fractalad.models.components import AnomalyGenerator, DistillationModule, GeneratorChoice, check_positive
+from anomalib_fractalad.models.components import AnomalyGenerator, GeneratorChoice, check_positive, gaussian_blur
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
+from anomalib_fractalad.training.schedules import scheduled, step_decay
 
 from .loss import AsymmetricDistillationLoss, FocalLoss
-from .torch_model import LAYERS, ADPSModel
+from .torch_model import LAYERS, ADPSModel, PatchStudent
 
 ANOMALY_PROBABILITY = 0.5
-DECAY = 0.2
-DECAY_AT = (0.8, 0.9)  # epochs 240 and 270 of 300
 
 
-class ADPS(DistillationModule, AnomalibModule):
+class ADPS(OneClassModule, AnomalibModule):
     """ADPS, trained end to end on normal images and anomalies made from them.
 
     Args:
@@ -69,6 +68,8 @@ class ADPS(DistillationModule, AnomalibModule):
     """
 
     model: ADPSModel
+    architecture: ClassVar = {"backbone": str, "layers": list}
+    training_only: ClassVar = frozenset({"learning_rate", "segmentation_weight", "anomaly_generator"})
 
     def __init__(
         self,
@@ -144,8 +145,12 @@ class ADPS(DistillationModule, AnomalibModule):
         """Adam over student and decoder; its rate falls at 80 % and 90 % of the training's steps."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = Adam(trainable, lr=self.learning_rate)
-        schedule = LambdaLR(optimizer, self._decay)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, lambda step: step_decay(step, self.training_steps))
 
-    def _decay(self, step: int) -> float:
-        return DECAY ** sum(step >= share * self.training_steps for share in DECAY_AT)
+    def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Change arguments of a model that exists; see the base class."""
+        super().apply_arguments(arguments)
+        self.generator = AnomalyGenerator(arguments["anomaly_generator"])
+        self.model.smooth = gaussian_blur(arguments["smoothing"])
+        parts = (arguments[name] for name in ("backbone", "layers", "patches", "split_layers"))
+        self.model.student = PatchStudent(*parts).to(self.device)  # its weights are the checkpoint's

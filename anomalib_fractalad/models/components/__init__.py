@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that at least two models share."""
 
+from .arguments import check_positive
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
-from .lightning_module import DistillationModule, check_positive
 from .resampling import resample
 from .score import ImageScore, Reduction
 from .smoothing import gaussian_blur
@@ -13,7 +13,6 @@ from .tiling import predict_by_tiles
 __all__ = [
     "AnomalyGenerator",
     "Backbone",
-    "DistillationModule",
     "FrozenTeacher",
     "GeneratorChoice",
     "ImageScore",

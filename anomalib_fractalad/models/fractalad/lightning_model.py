@@ -5,8 +5,9 @@ Xia, Lv, He, Li, Liu, Ding, arXiv 2301.12739.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from anomalib.data import ImageBatch
@@ -17,9 +18,10 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_fractalad.models.components import DistillationModule, Reduction, check_positive
+from anomalib_fractalad.models.components import ImageScore, Reduction, check_positive
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
+from anomalib_fractalad.training.schedules import cosine_decay, scheduled
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 from .loss import DistillationLoss, SegmentationLoss
@@ -29,7 +31,7 @@ WEIGHT_DECAY_WITH_DISTILLATION = 1e-3
 WEIGHT_DECAY_WITHOUT_DISTILLATION = 1e-2
 
 
-class FractalAD(DistillationModule, AnomalibModule):
+class FractalAD(OneClassModule, AnomalibModule):
     """FractalAD, trained end to end on normal images and fractal anomalies made from them.
 
     Args:
@@ -67,6 +69,10 @@ class FractalAD(DistillationModule, AnomalibModule):
     """
 
     model: FractalADModel
+    architecture: ClassVar = {"backbone": str, "distillation": bool}
+    training_only: ClassVar = frozenset(
+        {"learning_rate", "weight_decay", "cosine_decay", "object_mode", "position_margin"}
+    )
 
     def __init__(
         self,
@@ -144,5 +150,11 @@ class FractalAD(DistillationModule, AnomalibModule):
         optimizer = AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         if not self.cosine_decay:
             return optimizer
-        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / self.training_steps)) / 2)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, lambda step: cosine_decay(step, self.training_steps))
+
+    def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Change arguments of a model that exists; see the base class."""
+        super().apply_arguments(arguments)
+        self.model.score = ImageScore(arguments["score"], arguments["top_share"])
+        margin, object_mode = arguments["position_margin"], arguments["object_mode"]
+        self.generator = FractalAnomalyGenerator(object_mode=object_mode, position_margin=margin)

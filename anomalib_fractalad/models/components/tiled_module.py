@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on tiles of large images, and keeping the tiler in checkpoints."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from anomalib.data import ImageBatch
+from anomalib.data.utils.tiler import Tiler
+from anomalib.models.components import AnomalibModule
+from torch import Tensor
+
+from .tiling import make_tiler, tiler_settings
+
+# anomalib lists only the direct subclasses of AnomalibModule, so what models share has to come from beside it.
+_Base = AnomalibModule if TYPE_CHECKING else object
+
+
+class TiledModule(_Base):
+    """A module whose network may have a tiler, which anomalib's TilerConfigurationCallback sets."""
+
+    _loaded_tiler: Tiler | None = None
+
+    @property
+    def _tiler(self) -> Tiler | None:
+        return cast("Tiler | None", self.model.tiler)
+
+    def training_images(self, batch: ImageBatch) -> Tensor:
+        """The images of a batch, or with a tiler random tiles of them.
+
+        Args:
+            batch: Images (B, 3, H, W); values that a resize let overstep [0, 1] are clamped.
+
+        Returns:
+            (B, 3, H, W), or (4B, 3, h, w) with a tiler, values in [0, 1].
+        """
+        images = cast("Tensor", batch.image).clamp(0, 1)
+        return images if self._tiler is None else self._tiler.tile(images, use_random_tiling=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the tiler's settings beside the weights."""
+        super().on_save_checkpoint(checkpoint)
+        if self._tiler is not None:
+            checkpoint["tiler"] = tiler_settings(self._tiler)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's tiler if none is given."""
+        super().on_load_checkpoint(checkpoint)
+        if self._tiler is None or self._tiler is self._loaded_tiler:
+            self._loaded_tiler = make_tiler(**checkpoint["tiler"]) if "tiler" in checkpoint else None
+            self.model.tiler = self._loaded_tiler  # type: ignore[assignment]
