@@ -2,6 +2,7 @@
 import copy
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,14 @@ def test_textures_reach_the_generator(tmp_path: Path, tiles: Folder) -> None:
     ("arguments", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be above 0 and a whole number"),
+        ({"amplifier_width": True}, "amplifier_width is True; it must be above 0 and a whole number"),
+        ({"strides": (4.0, 8.0)}, r"strides is \(4.0, 8.0\)"),
+        ({"top_share": math.inf}, "top_share is inf"),
+        ({"split": (math.nan, 1)}, r"split is \(nan, 1\).*finite"),
+        ({"split": (1, math.inf)}, r"split is \(1, inf\).*finite"),
         ({"split": (1, 0)}, r"split is \(1, 0\).*stage II's above 0"),
         ({"split": (-1, 1)}, r"split is \(-1, 1\)"),
         ({"split": (1, 1, 1)}, r"split is \(1, 1, 1\)"),

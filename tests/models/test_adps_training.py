@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,13 @@ def test_a_single_step_gives_a_usable_model(tmp_path: Path, tiles: Folder) -> No
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"segmentation_weight": 0.0}, "segmentation_weight is 0.0"),
+        ({"segmentation_weight": math.inf}, "segmentation_weight is inf"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"smoothing": math.nan}, "smoothing is nan"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be above 0 and a whole number"),
         ({"patches": 0}, "patches is 0"),
+        ({"patches": 2.0}, "patches is 2.0; it must be above 0 and a whole number"),
         ({"anomaly_generator": "Nope"}, "'Nope'.*is unknown"),
         ({"anomaly_source_path": "no/such/folder"}, "'no/such/folder' holds no images"),
     ],

@@ -28,7 +28,9 @@ from anomalib_fractalad.models.components import (
     DistillationModule,
     GeneratorChoice,
     Reduction,
+    check_count,
     check_positive,
+    is_finite,
 )
 from anomalib_fractalad.transforms.foreground import object_mask
 
@@ -121,7 +123,8 @@ class AAND(DistillationModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(learning_rate=learning_rate, epochs=epochs)
+        check_positive(learning_rate=learning_rate)
+        check_count(epochs=epochs)
         split = _check_split(split)
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What a checkpoint records.
@@ -338,10 +341,10 @@ def draw_positions(features: Tensor, where: Tensor, count: int) -> Tensor:
 
 
 def _check_split(split: Sequence[float]) -> tuple[float, float]:
-    if len(split) != 2 or split[0] < 0 or split[1] <= 0:
+    if len(split) != 2 or not all(map(is_finite, split)) or split[0] < 0 or split[1] <= 0:
         msg = (
-            f"split is {tuple(split)}; it must be two shares, stage I's 0 or more and stage II's above 0, such as "
-            "(100, 120)"
+            f"split is {tuple(split)}; it must be two finite shares, stage I's 0 or more and stage II's above 0, "
+            "such as (100, 120)"
         )
         raise ValueError(msg)
     return split[0], split[1]

@@ -17,9 +17,10 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     Reduction,
-    check_positive,
+    check_count,
     cosine_distance,
     gaussian_blur,
+    is_whole,
     predict_by_tiles,
     resample,
 )
@@ -76,7 +77,7 @@ class AANDModel(nn.Module):
         fine_embedding: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(amplifier_width=amplifier_width)
+        check_count(amplifier_width=amplifier_width)
         _check_strides(strides)
         if alignment not in get_args(Alignment):
             msg = f"alignment {alignment!r} is unknown; use one of {', '.join(get_args(Alignment))}"
@@ -217,6 +218,7 @@ class GaussianSmoothing(nn.Module):
 
 
 def _check_strides(strides: Sequence[int]) -> None:
-    if not strides or any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+    doubled = all(coarse == 2 * fine for fine, coarse in pairwise(strides))
+    if not strides or not all(map(is_whole, strides)) or not doubled:
         msg = f"strides is {tuple(strides)}; each must be twice the one before, such as (4, 8, 16) or (8, 16)"
         raise ValueError(msg)

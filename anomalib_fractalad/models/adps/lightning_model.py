@@ -18,7 +18,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_fractalad.models.components import AnomalyGenerator, DistillationModule, GeneratorChoice, check_positive
+from anomalib_fractalad.models.components import (
+    AnomalyGenerator,
+    DistillationModule,
+    GeneratorChoice,
+    check_count,
+    check_positive,
+)
 
 from .loss import AsymmetricDistillationLoss, FocalLoss
 from .torch_model import LAYERS, ADPSModel
@@ -89,7 +95,8 @@ class ADPS(DistillationModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(learning_rate=learning_rate, epochs=epochs, segmentation_weight=segmentation_weight)
+        check_positive(learning_rate=learning_rate, segmentation_weight=segmentation_weight)
+        check_count(epochs=epochs)
         layers, split_layers = tuple(layers), tuple(split_layers)
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What the checkpoint records: plain data, texture folder included.

@@ -17,6 +17,7 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     at_least_float32,
+    check_count,
     check_positive,
     cosine_distance,
     gaussian_blur,
@@ -61,7 +62,8 @@ class ADPSModel(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_positive(patches=patches, smoothing=smoothing)
+        check_count(patches=patches)
+        check_positive(smoothing=smoothing)
         self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
         self.student = PatchStudent(backbone, layers, patches, split_layers)
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)

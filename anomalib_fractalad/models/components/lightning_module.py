@@ -307,18 +307,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(device_state.cpu(), device)
-
-
-def check_positive(**values: float | None) -> None:
-    """Refuse arguments that are given but not above zero.
-
-    Args:
-        **values: Arguments by name.
-
-    Raises:
-        ValueError: If one is zero or less.
-    """
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            msg = f"{name} is {value}; it must be above 0"
-            raise ValueError(msg)

@@ -19,7 +19,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_fractalad.models.components import DistillationModule, Reduction, check_positive
+from anomalib_fractalad.models.components import (
+    DistillationModule,
+    Reduction,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 from .loss import DistillationLoss, SegmentationLoss
@@ -87,12 +93,11 @@ class FractalAD(DistillationModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(learning_rate=learning_rate, epochs=epochs)
+        check_positive(learning_rate=learning_rate)
+        check_count(epochs=epochs)
         if weight_decay is None:
             weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
-        if weight_decay < 0:
-            msg = f"weight_decay is {weight_decay}; it must be 0 or more"
-            raise ValueError(msg)
+        check_not_negative(weight_decay=weight_decay)
         weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,
