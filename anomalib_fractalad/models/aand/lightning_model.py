@@ -4,8 +4,10 @@
 Tang, Zhou, Li, Dong, Wang, IEEE TIP 2026, arXiv 2405.02068.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +41,8 @@ from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistil
 from .stages import Stage, StagePlan
 from .student import PUBLISHED_STRIDES
 from .torch_model import AANDModel, Alignment
+
+logger = logging.getLogger(__name__)
 
 ANOMALY_PROBABILITY = 0.8
 REDRAWS = 10
@@ -98,6 +102,10 @@ class AAND(DistillationModule, AnomalibModule):
 
     model: AANDModel
     plan = StagePlan(0, 0)
+    untrained_because = (
+        "its student never took a step, since the training ended before stage II (distillation), or never began. Train "
+        "it, or go on from its last checkpoint (ckpt_path) until stage II is done"
+    )
     _announced: Stage | None = None
 
     def __init__(
@@ -177,11 +185,41 @@ class AAND(DistillationModule, AnomalibModule):
             self.generator.prepare()
 
     def on_train_start(self) -> None:
-        """Divide the training among the stages."""
+        """Divide the training among the stages, and go on at the rates of this division."""
         super().on_train_start()
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        self.plan = StagePlan.divide(int(self.training_steps), math.ceil(batches), self.split)
+        recorded, self.plan = self.plan, StagePlan.divide(int(self.training_steps), math.ceil(batches), self.split)
         self._announced = None
+        schedule = self.lr_schedulers()
+        if self.trainer.ckpt_path and isinstance(schedule, LambdaLR):
+            self.plan = self.plan.after(recorded, self.trainer.global_step)
+            rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, rate, factor in rates:
+                group["lr"] = rate * factor(schedule.last_epoch)
+
+    def on_train_end(self) -> None:
+        """Warn where the training has ended within stage I."""
+        super().on_train_end()
+        step, plan = self.trainer.global_step, self.plan
+        if step <= plan.amplification and plan.distillation and self.trainer.is_global_zero:
+            logger.warning(
+                "The training of AAND ended within stage I, amplification, after step %d of %d: the student never took "
+                "a step, and maps and scores mean nothing. Go on from the last checkpoint (ckpt_path) until stage II, "
+                "distillation, is done, another %d steps; early stopping and time limits have to leave it its time.",
+                step,
+                plan.amplification,
+                plan.distillation,
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save how the training is divided."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stage_plan"] = asdict(self.plan)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how the training was divided, for the case that it goes on."""
+        super().on_load_checkpoint(checkpoint)
+        self.plan = StagePlan.recorded(checkpoint)
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """Say which stage runs, where it begins and where training resumes."""
@@ -210,7 +248,8 @@ class AAND(DistillationModule, AnomalibModule):
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
         if self.trainer.world_size > 1:
             # Distributed training waits for a gradient of every weight.
-            loss = loss + 0 * sum(parameter.sum() for parameter in self._idle_parameters())
+            # Sums of nothing: zero, even where a weight is infinite or not a number.
+            loss = loss + sum(parameter[:0].sum() for parameter in self._idle_parameters())
         return loss
 
     def _amplify(self, images: Tensor) -> dict[str, Tensor]:

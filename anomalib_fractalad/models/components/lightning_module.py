@@ -29,11 +29,12 @@ from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO, check_
 from anomalib_fractalad.training.image_check import check_pictures, leave_out_unreadable
 
 from .tiling import make_tiler, tiler_settings
+from .training_check import TrainingCheck
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationModule(ExportModule):
+class DistillationModule(TrainingCheck, ExportModule):
     """Training length, evaluation, export and resuming, the same for every model of the package.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
