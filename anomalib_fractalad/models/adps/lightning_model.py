@@ -120,13 +120,67 @@ class ADPS(DistillationModule, AnomalibModule):
         """Refuse what would fail during training.
 
         Raises:
-            ValueError: If the pre-processor normalises images or makes them of a size that cannot be divided into
-                patches, or if the anomaly generator that a checkpoint records cannot be built.
+            ValueError: If the pre-processor normalizes images, if it makes images, or the tiler tiles, of a size that
+                cannot be divided into patches, or if the anomaly generator that a checkpoint records cannot be built.
         """
         super().on_fit_start()
         self.generator.prepare()
-        if self.input_size is not None:
-            self.model.student.check_size(self.input_size)
+        self.model.check_size(self.input_size)
+
+    def on_validation_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_predict_start()
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export for torch.
+
+        Args:
+            *args: As for anomalib's :meth:`to_torch`.
+            **kwargs: Likewise.
+
+        Returns:
+            The .pt file.
+
+        Raises:
+            ValueError: If images or tiles are of a size that cannot be divided into patches.
+        """
+        self.model.check_size(self.input_size)
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, and by way of it to OpenVINO.
+
+        Args:
+            export_root: Folder to export into.
+            model_file_name: Name of the file, without its ending.
+            input_size: Height and width; left out, any size is taken and resized by the pre-processor.
+            **kwargs: Passed on to :func:`torch.onnx.export`.
+
+        Returns:
+            The ONNX file.
+
+        Raises:
+            ValueError: If images or tiles are of a size that cannot be divided into patches.
+        """
+        self.model.check_size(self.input_size or input_size)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Make anomalies, compare teacher and student, segment.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -82,6 +83,28 @@ class ADPSModel(nn.Module):
         anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
 
+    def check_size(self, size: Sequence[int] | None) -> None:
+        """Refuse images whose parts, tiles with a tiler and whole images without, cannot be divided into patches.
+
+        Args:
+            size: Height and width of the images; ``None`` where they are not known.
+
+        Raises:
+            ValueError: If they cannot, or if an image is smaller than a tile.
+        """
+        if self.tiler is None:
+            if size is not None:
+                self.student.check_size(size)
+            return
+        tile = (self.tiler.tile_size_h, self.tiler.tile_size_w)
+        self.student.check_size(tile, "tile")
+        if size is not None and (size[0] < tile[0] or size[1] < tile[1]):
+            msg = (
+                f"an image of {size[0]}x{size[1]} (height x width) is smaller than a tile of {tile[0]}x{tile[1]}. Take "
+                "smaller tiles (tile_size), or resize to a larger image in the pre-processor."
+            )
+            raise ValueError(msg)
+
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole.
 
@@ -107,7 +130,7 @@ class ADPSModel(nn.Module):
         Raises:
             ValueError: If the images cannot be divided into patches.
         """
-        self.student.check_size(images.shape[-2:])
+        self.student.check_size(images.shape[-2:], "image" if self.tiler is None else "tile")
         teacher = self.teacher(images)
         return teacher, list(map(cosine_distance, teacher, self.student(images)))
 
@@ -178,11 +201,12 @@ class PatchStudent(Backbone):
             self.grids.append(grids)
         self.size_multiple: int = self.strides[-1] * patches * 2 ** len(set(split_layers))
 
-    def check_size(self, size: Sequence[int]) -> None:
+    def check_size(self, size: Sequence[int], what: Literal["image", "tile"] = "image") -> None:
         """Refuse a size that cannot be divided into patches.
 
         Args:
-            size: Height and width of the image.
+            size: Height and width of what the student sees.
+            what: What that is.
 
         Raises:
             ValueError: If they are not multiples of ``size_multiple``.
@@ -191,11 +215,13 @@ class PatchStudent(Backbone):
         if any(side % multiple for side in size):
             smaller = "x".join(str(max(side // multiple, 1) * multiple) for side in size)
             larger = "x".join(str(-(-side // multiple) * multiple) for side in size)
+            nearest = " or ".join(dict.fromkeys((smaller, larger)))
+            fix = f"Take tiles of {nearest}" if what == "tile" else f"Resize to {nearest} in the pre-processor"
             msg = (
-                f"an image of {size[0]}x{size[1]} (height x width) cannot be divided into {self.patches} x "
-                f"{self.patches} patches (patches={self.patches}): its sides must be multiples of {multiple}, patches "
-                f"times the stride of the coarsest features. Resize to "
-                f"{' or '.join(dict.fromkeys((smaller, larger)))} in the pre-processor, or choose fewer patches."
+                f"{'an image' if what == 'image' else 'a tile'} of {size[0]}x{size[1]} (height x width) cannot be "
+                f"divided into {self.patches} x {self.patches} patches (patches={self.patches}): its sides must be "
+                f"multiples of {multiple}, patches times the stride of the coarsest features. {fix}, or choose fewer "
+                "patches."
             )
             raise ValueError(msg)
 
