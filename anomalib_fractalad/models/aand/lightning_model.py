@@ -4,12 +4,9 @@
 Tang, Zhou, Li, Dong, Wang, IEEE TIP 2026, arXiv 2405.02068.
 """
 
-import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -18,41 +15,30 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from anomalib_fractalad.models.components import (
     AnomalyGenerator,
-    DistillationModule,
     GeneratorChoice,
     Reduction,
     check_count,
     check_positive,
-    is_finite,
 )
 from anomalib_fractalad.transforms.foreground import object_mask
 
-from .amplification import ResidualAnomalyAmplification
+from .anomalies import anomalies_within
 from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistillationLoss
-from .stages import Stage, StagePlan
+from .stages import Stage
 from .student import PUBLISHED_STRIDES
 from .torch_model import AANDModel, Alignment
-
-logger = logging.getLogger(__name__)
+from .training import StagedTraining, check_split
 
 ANOMALY_PROBABILITY = 0.8
-REDRAWS = 10
-MASK_THRESHOLD = 0.3
 AMPLIFICATION_WEIGHT = 0.1
-NORMAL_POSITIONS = 5000
-ANOMALOUS_POSITIONS = 1000
 
 
-class AAND(DistillationModule, AnomalibModule):
+class AAND(StagedTraining, AnomalibModule):
     """AAND, trained in two stages: amplify the teacher's anomalies, then distil its normal features.
 
     Args:
@@ -71,21 +57,21 @@ class AAND(DistillationModule, AnomalibModule):
             single objects on a plain background.
         score: Image score from the anomaly map: max (published), mean, or top, the mean of the highest pixels.
         top_share: Share of the pixels, above 0 and at most 1, that the score top takes.
-        strides: Strides of the stages whose features are compared, each twice the one before: coarse ones see more
+        strides: Strides of the levels whose features are compared, each twice the one before: coarse ones see more
             context and cost less, fine ones see smaller defects. 4, 8 and 16 are the published ones.
-        alignment: How the stages' maps are brought to the image's size: corners (published) stretches them from border
-            to border, which shifts them by up to the stride; centres puts position i at pixel stride x i, the centre of
+        alignment: How the levels' maps are brought to the image's size: corners (published) stretches them from border
+            to border, which shifts them by up to the stride; centers puts position i at pixel stride x i, the center of
             what it sees in a CNN that pads evenly, as ResNets do. It can be changed when a checkpoint is loaded;
             validate once more then, for the thresholds.
-        amplifier_width: Channels of the hidden layers that amplify anomalies. Left out, twice those of the stage and at
+        amplifier_width: Channels of the hidden layers that amplify anomalies. Left out, twice those of the level and at
             most 1024, as published; few are much faster.
-        fine_embedding: Let the student decode from an embedding as fine as the coarsest stage, with as many values as
+        fine_embedding: Let the student decode from an embedding as fine as the coarsest level, with as many values as
             the published one, which is half as fine. The student is then the package's small one for every backbone.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
             anomalib's benchmark. Left out, the trainer's max_epochs rules.
-        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use anomalib's default.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
@@ -101,12 +87,6 @@ class AAND(DistillationModule, AnomalibModule):
     """
 
     model: AANDModel
-    plan = StagePlan(0, 0)
-    untrained_because = (
-        "its student never took a step, since the training ended before stage II (distillation), or never began. Train "
-        "it, or go on from its last checkpoint (ckpt_path) until stage II is done"
-    )
-    _announced: Stage | None = None
 
     def __init__(
         self,
@@ -133,7 +113,8 @@ class AAND(DistillationModule, AnomalibModule):
     ) -> None:
         check_positive(learning_rate=learning_rate)
         check_count(epochs=epochs)
-        split = _check_split(split)
+        split = check_split(split)
+        alignment = "centers" if alignment == "centres" else alignment
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What a checkpoint records.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
@@ -165,70 +146,16 @@ class AAND(DistillationModule, AnomalibModule):
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()
 
-    @property
-    def stage(self) -> Stage:
-        """The stage that the next optimiser step belongs to."""
-        return self.plan.stage(self.trainer.global_step)
-
     def on_fit_start(self) -> None:
-        """Refuse normalised images and a training that has no end, which cannot be divided.
+        """Refuse what would fail during training.
 
         Raises:
-            ValueError: If the pre-processor normalises images, if the trainer limits neither epochs nor steps, or if
+            ValueError: If the pre-processor normalizes images, if the trainer limits neither epochs nor steps, or if
                 the anomaly generator that a checkpoint records cannot be built.
         """
         super().on_fit_start()
-        if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
-            msg = "max_epochs is -1; AAND has to know the end of training to divide it: set max_epochs or max_steps"
-            raise ValueError(msg)
         if self.model.amplifiers:
             self.generator.prepare()
-
-    def on_train_start(self) -> None:
-        """Divide the training among the stages, and go on at the rates of this division."""
-        super().on_train_start()
-        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        recorded, self.plan = self.plan, StagePlan.divide(int(self.training_steps), math.ceil(batches), self.split)
-        self._announced = None
-        schedule = self.lr_schedulers()
-        if self.trainer.ckpt_path and isinstance(schedule, LambdaLR):
-            self.plan = self.plan.after(recorded, self.trainer.global_step)
-            rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, rate, factor in rates:
-                group["lr"] = rate * factor(schedule.last_epoch)
-
-    def on_train_end(self) -> None:
-        """Warn where the training has ended within stage I."""
-        super().on_train_end()
-        step, plan = self.trainer.global_step, self.plan
-        if step <= plan.amplification and plan.distillation and self.trainer.is_global_zero:
-            logger.warning(
-                "The training of AAND ended within stage I, amplification, after step %d of %d: the student never took "
-                "a step, and maps and scores mean nothing. Go on from the last checkpoint (ckpt_path) until stage II, "
-                "distillation, is done, another %d steps; early stopping and time limits have to leave it its time.",
-                step,
-                plan.amplification,
-                plan.distillation,
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save how the training is divided."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["stage_plan"] = asdict(self.plan)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how the training was divided, for the case that it goes on."""
-        super().on_load_checkpoint(checkpoint)
-        self.plan = StagePlan.recorded(checkpoint)
-
-    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Say which stage runs, where it begins and where training resumes."""
-        del batch, batch_idx
-        if self.stage is not self._announced:
-            self._announced = self.stage
-            first = self.trainer.global_step + 1
-            last = self.plan.amplification + (self.plan.distillation if self.stage is Stage.DISTILLATION else 0)
-            rank_zero_info(f"AAND stage {self.stage} of 2, {self.stage.name.lower()}: steps {first} to {last}")
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Take a step of the stage that training has come to.
@@ -246,26 +173,14 @@ class AAND(DistillationModule, AnomalibModule):
         parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distil(images)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
-        if self.trainer.world_size > 1:
-            # Distributed training waits for a gradient of every weight.
-            # Sums of nothing: zero, even where a weight is infinite or not a number.
-            loss = loss + sum(parameter[:0].sum() for parameter in self._idle_parameters())
-        return loss
+        return loss + self.nothing_of_idle_weights()
 
     def _amplify(self, images: Tensor) -> dict[str, Tensor]:
         foreground = object_mask(images) if self.object_mode else torch.ones_like(images[:, :1], dtype=torch.bool)
         anomalous_images, mask = anomalies_within(foreground, images, self.generator)
-        amplifiers = cast("Iterable[ResidualAnomalyAmplification]", self.model.amplifiers)
-        focal, amplification = [], []
-        for amplifier, features in zip(amplifiers, self.model.teacher(anomalous_images), strict=True):
-            is_anomalous = shrink_mask(mask, features)
-            is_normal = shrink_mask(foreground, features) & ~is_anomalous
-            focal.append(self.gate_loss(amplifier.gate(features), is_anomalous))
-            normal = draw_positions(features, is_normal, NORMAL_POSITIONS)
-            anomalous = draw_positions(features, is_anomalous, ANOMALOUS_POSITIONS)
-            # The true mask stands in for the gate. It is 1 at these positions, and the loss sees no other residuals.
-            amplified = anomalous + amplifier.generator(anomalous[..., None, None]).flatten(1)
-            amplification.append(self.amplification_loss(normal, anomalous, amplified))
+        levels = self.model.compare(anomalous_images, mask, foreground)
+        focal = [self.gate_loss(level.gate, level.mask) for level in levels]
+        amplification = [self.amplification_loss(level.normal, level.anomalous, level.amplified) for level in levels]
         return {
             "focal": torch.stack(focal).sum(),
             "amplification": AMPLIFICATION_WEIGHT * torch.stack(amplification).sum(),
@@ -275,28 +190,6 @@ class AAND(DistillationModule, AnomalibModule):
         with torch.no_grad():
             teacher = self.model.advanced_teacher(images)
         return {"distillation": self.distillation_loss(teacher, self.model.student(teacher))}
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, with weights, moments and a schedule for each stage."""
-        parts = {Stage.AMPLIFICATION: self.model.amplifiers, Stage.DISTILLATION: self.model.student}
-        groups = [{"name": stage.name.lower(), "params": list(part.parameters())} for stage, part in parts.items()]
-        optimizer = Adam(groups, lr=self.learning_rate, betas=(0.5, 0.999))
-        # Lightning makes the schedule before it knows the length of the training, but asks for a rate only afterwards.
-        schedule = LambdaLR(optimizer, [self._schedule_of(stage) for stage in parts])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _schedule_of(self, stage: Stage) -> Callable[[int], float]:
-        return lambda step: self.plan.lr_factor(stage, step)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the weights of the other stage, and Adam's moments of them, as they are."""
-        del optimizer
-        for parameter in self._idle_parameters():
-            parameter.grad = None
-
-    def _idle_parameters(self) -> Iterator[nn.Parameter]:
-        idle = self.model.student if self.stage is Stage.AMPLIFICATION else self.model.amplifiers
-        return idle.parameters()
 
     def to_onnx(  # type: ignore[override]
         self,
@@ -323,67 +216,3 @@ class AAND(DistillationModule, AnomalibModule):
             msg = "AAND without a resizing pre-processor is exported for one size of image: give input_size"
             raise ValueError(msg)
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-
-
-def anomalies_within(foreground: Tensor, images: Tensor, generator: AnomalyGenerator) -> tuple[Tensor, Tensor]:
-    """Make anomalies that stay within a foreground.
-
-    Anomalies that miss it are drawn anew, up to ten times; then the image stays normal.
-
-    Args:
-        foreground: (B, 1, H, W), true on the foreground.
-        images: (B, C, H, W), values in [0, 1].
-        generator: Makes the anomalies.
-
-    Returns:
-        The images with anomalies, (B, C, H, W), and their masks, (B, 1, H, W), true or false.
-    """
-    anomalous, mask = generator(images)
-    drawn = mask.flatten(1).any(dim=1)
-    inside = (mask > 0) & foreground
-    for _ in range(REDRAWS):
-        missed = drawn & ~inside.flatten(1).any(dim=1)
-        if not missed.any():
-            break
-        anomalous[missed], redrawn = generator(images[missed])
-        inside[missed] = (redrawn > 0) & foreground[missed]
-    return torch.where(foreground, anomalous, images), inside
-
-
-def shrink_mask(mask: Tensor, features: Tensor) -> Tensor:
-    """Bring a mask to the size of a stage: true where more than 0.3 of the area is.
-
-    Args:
-        mask: (B, 1, H, W).
-        features: (B, C, h, w).
-
-    Returns:
-        (B, 1, h, w), true or false.
-    """
-    return F.interpolate(mask.float(), size=features.shape[-2:], mode="area") > MASK_THRESHOLD
-
-
-def draw_positions(features: Tensor, where: Tensor, count: int) -> Tensor:
-    """Draw positions at random, at most ``count`` in the whole batch.
-
-    Args:
-        features: (B, C, H, W).
-        where: Positions to draw from, (B, 1, H, W), true or false.
-        count: Number of positions to draw.
-
-    Returns:
-        Features of the positions, (N, C).
-    """
-    positions = where.squeeze(1).nonzero()
-    image, row, column = positions[torch.randperm(len(positions), device=positions.device)[:count]].T
-    return features[image, :, row, column]
-
-
-def _check_split(split: Sequence[float]) -> tuple[float, float]:
-    if len(split) != 2 or not all(map(is_finite, split)) or split[0] < 0 or split[1] <= 0:
-        msg = (
-            f"split is {tuple(split)}; it must be two finite shares, stage I's 0 or more and stage II's above 0, "
-            "such as (100, 120)"
-        )
-        raise ValueError(msg)
-    return split[0], split[1]

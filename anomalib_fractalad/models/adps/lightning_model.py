@@ -42,8 +42,8 @@ class ADPS(DistillationModule, AnomalibModule):
         pre_trained: Load ImageNet weights into the teacher.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
             ImageNet weights: no network is needed.
-        layers: The stages to compare, from the finest to the coarsest: strides, or names of timm's feature levels such
-            as layer1. The default is a ResNet's first three stages.
+        layers: The levels to compare, from the finest to the coarsest: strides, or names of timm's feature levels such
+            as layer1. The default is a ResNet's first three levels.
         patches: The student sees the image in patches x patches parts. 1 is usual, symmetric distillation. Height and
             width of the image must be multiples of patches times the coarsest stride.
         split_layers: Those of layers after which the student's features are split 2 x 2 once more.
@@ -57,7 +57,7 @@ class ADPS(DistillationModule, AnomalibModule):
         learning_rate: Learning rate of Adam. It falls to a fifth after 80 % of the training, and again after 90 %.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
-        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use anomalib's default.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.

@@ -25,7 +25,7 @@ from anomalib_fractalad.models.components import (
     predict_by_tiles,
 )
 
-LAYERS = (4, 8, 16)  # the strides of a ResNet's first three stages
+LAYERS = (4, 8, 16)  # the strides of a ResNet's first three levels
 
 
 class ADPSModel(nn.Module):
@@ -36,7 +36,7 @@ class ADPSModel(nn.Module):
     Args:
         backbone: Name of a timm CNN.
         pre_trained: Load ImageNet weights into the teacher.
-        layers: The stages, from the finest to the coarsest: strides or names of timm's feature levels.
+        layers: The levels, from the finest to the coarsest: strides or names of timm's feature levels.
         patches: The student sees ``patches`` x ``patches`` parts of the image.
         split_layers: Those of ``layers`` after which the student's features are split 2 x 2 once more.
         smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
@@ -46,7 +46,7 @@ class ADPSModel(nn.Module):
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
 
     Raises:
-        ValueError: If the backbone lacks a stage, or an argument is out of range.
+        ValueError: If the backbone lacks a level, or an argument is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -125,7 +125,7 @@ class ADPSModel(nn.Module):
 
         Returns:
             The teacher's features T_i, (B, C_i, H_i, W_i), and 1 - W_i = 1 - cos(T_i, S_i), (B, 1, H_i, W_i), for each
-            stage.
+            level.
 
         Raises:
             ValueError: If the images cannot be divided into patches.
@@ -138,8 +138,8 @@ class ADPSModel(nn.Module):
         """Weigh the teacher's features and segment anomalies.
 
         Args:
-            teacher: (B, C_i, H_i, W_i) for each stage.
-            distances: (B, 1, H_i, W_i) for each stage.
+            teacher: (B, C_i, H_i, W_i) for each level.
+            distances: (B, 1, H_i, W_i) for each level.
 
         Returns:
             Logits (B, 2, H, W), normal and anomalous.
@@ -166,7 +166,7 @@ class PatchStudent(Backbone):
 
     Args:
         name: Name of a timm model.
-        layers: The stages, from the finest to the coarsest.
+        layers: The levels, from the finest to the coarsest.
         patches: Patches along each side of the image.
         split_layers: Those of ``layers`` after which features are split 2 x 2 once more.
 
@@ -174,7 +174,7 @@ class PatchStudent(Backbone):
         size_multiple: What an image's height and width have to be multiples of.
 
     Raises:
-        ValueError: If stages are out of order, or ``split_layers`` are not among ``layers`` or name the last.
+        ValueError: If levels are out of order, or ``split_layers`` are not among ``layers`` or name the last.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class PatchStudent(Backbone):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            (B, C_i, H_i, W_i) for each stage.
+            (B, C_i, H_i, W_i) for each level.
         """
         features = super().forward(split(images, self.patches))
         for i, grids in enumerate(self.grids):
@@ -284,8 +284,8 @@ class PostSegmentation(nn.Module):
     """U-Net's decoder (Ronneberger et al., MICCAI 2015), from weighted features to logits of the image's size.
 
     Args:
-        channels: Channels of each stage, from the finest to the coarsest.
-        strides: Stride of each stage, powers of 2.
+        channels: Channels of each level, from the finest to the coarsest.
+        strides: Stride of each level, powers of 2.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
@@ -306,7 +306,7 @@ class PostSegmentation(nn.Module):
         """Segment.
 
         Args:
-            features: (B, C_i, H / stride_i, W / stride_i) for each stage, from the finest to the coarsest.
+            features: (B, C_i, H / stride_i, W / stride_i) for each level, from the finest to the coarsest.
 
         Returns:
             Logits (B, 2, H, W), normal and anomalous.
@@ -319,11 +319,11 @@ class PostSegmentation(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Double the size, join with the features of the next finer stage where there is one, and convolve twice.
+    """Double the size, join with the features of the next finer level where there is one, and convolve twice.
 
     Args:
         in_channels: Channels of the coarser map.
-        skip_channels: Channels of the finer stage; 0 where there is none.
+        skip_channels: Channels of the finer level; 0 where there is none.
         out_channels: Channels of the result.
     """
 
