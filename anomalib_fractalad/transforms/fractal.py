@@ -552,11 +552,11 @@ def _check_interval(name: str, interval: tuple[float, float], low: float, high: 
         raise ValueError(msg)
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         msg = f"{name}={value!r}: must be a whole number of at least {least}."
         raise ValueError(msg)
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -100,11 +100,8 @@ class Normalization(nn.Module):
 
     def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
         super().__init__()
-        known = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-        if pretrained_cfg:
-            known = resolve_data_config(pretrained_cfg=pretrained_cfg)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(known[name]).view(3, 1, 1))
+        for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(pretrained_cfg.get(name) or default).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize images.

@@ -13,7 +13,10 @@ from torch import nn
 from .backbone import FrozenTeacher
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
-_Base = AnomalibModule if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +53,10 @@ class TrainingCheck(_Base):
             The .pt file.
         """
         self._warn_if_untrained("exported")
-        return super().to_torch(*args, **kwargs)
+        file: Path = super().to_torch(*args, **kwargs)
+        return file
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
         """Export to ONNX, and by way of it to OpenVINO, with a warning if the network is untrained.
 
         Args:
@@ -63,7 +67,8 @@ class TrainingCheck(_Base):
             The ONNX file.
         """
         self._warn_if_untrained("exported")
-        return super().to_onnx(*args, **kwargs)
+        file: Path = super().to_onnx(*args, **kwargs)
+        return file
 
     @rank_zero_only
     def _warn_if_untrained(self, use: str) -> None:
