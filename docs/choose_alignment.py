@@ -35,7 +35,7 @@ def choose_alignment(checkpoint: Path, images: Path, every: int = 1, size: int =
     stages = {name: features(model, batch) for name, batch in kinds.items()}
     reference = features(model, normal)
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
-    for alignment, strides in (("corners", None), ("centres", model.teacher.strides)):
+    for alignment, strides in (("corners", None), ("centers", model.teacher.strides)):
         low = model.score(maps(model, reference, strides, size))
         values = []
         for name, batch in kinds.items():

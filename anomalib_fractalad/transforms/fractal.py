@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,21 +85,21 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         probability: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_range("position_margin", position_margin, 0, 0.5)
-        _check_interval("patch_size", patch_size, 0, 1 - 2 * position_margin)
-        for color_probability in color_probabilities:
-            _check_range("color_probabilities", color_probability, 0, 1)
+        _check_interval("patch_size", patch_size, 0, 1)
+        _check_margin(position_margin, patch_size)
         if len(color_probabilities) != 3 or not math.isclose(sum(color_probabilities), 1, abs_tol=1e-6):
             msg = f"color_probabilities={color_probabilities}: three probabilities that sum to 1 are needed."
             raise ValueError(msg)
+        for color_probability in color_probabilities:
+            _check_range("color_probabilities", color_probability, 0, 1)
         _check_range("slight_jitter", slight_jitter, 0, 0.5)
         _check_range("strong_jitter", strong_jitter, 0, 1)
         _check_interval("channel_gain", channel_gain, 0, math.inf)
         _check_range("flip_probability", flip_probability, 0, 1)
         _check_interval("rotation", rotation, -360, 360)
-        _check_range("maps", maps, 2, math.inf)
-        _check_range("points", points, 1, math.inf)
-        _check_range("dilations", dilations, 0, math.inf)
+        _check_count("maps", maps, 2)
+        _check_count("points", points, 1)
+        _check_count("dilations", dilations, 0)
         _check_range("noise_probability", noise_probability, 0, 1)
         _check_range("noise_amplitude", noise_amplitude, 0, 1)
         _check_range("jitter", jitter, 0, 0.5)
@@ -525,13 +527,36 @@ def _checked_batch(image: Tensor) -> Tensor:
     return batch if low >= 0 and high <= 1 else batch.clamp(0, 1)
 
 
+def _check_margin(margin: float, patch_size: tuple[float, float]) -> None:
+    largest = (1 - patch_size[1]) / 2
+    if not _is_finite(margin) or not 0 <= margin <= largest + 1e-9:
+        msg = (
+            f"position_margin={margin!r}: must lie in [0, {largest:g}], so that patches of up to {patch_size[1]:g} of "
+            f"the image's shorter side fit between the margins (patch_size={tuple(patch_size)})."
+        )
+        if _is_finite(margin) and 0 <= margin < 0.5:
+            msg += f" For this margin, patch_size must end at {1 - 2 * margin:g} or below."
+        raise ValueError(msg)
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        msg = f"{name}={value}: must lie in [{low:g}, {high:g}]."
+    if not _is_finite(value) or not low <= value <= high:
+        msg = f"{name}={value!r}: must lie in [{low:g}, {high:g}]."
         raise ValueError(msg)
 
 
 def _check_interval(name: str, interval: tuple[float, float], low: float, high: float) -> None:
-    if len(interval) != 2 or not low <= interval[0] <= interval[1] <= high:
-        msg = f"{name}={interval}: two ascending values in [{low:g}, {high:g}] are needed."
+    is_pair = isinstance(interval, Sequence) and len(interval) == 2 and all(map(_is_finite, interval))
+    if not is_pair or not low <= interval[0] <= interval[1] <= high:
+        msg = f"{name}={interval!r}: two ascending finite values in [{low:g}, {high:g}] are needed."
         raise ValueError(msg)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        msg = f"{name}={value!r}: must be a whole number of at least {least}."
+        raise ValueError(msg)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

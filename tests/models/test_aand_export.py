@@ -21,7 +21,7 @@ def trained(backbone: str, alignment: Alignment, root: Path, tile_root: Path) ->
     model = AAND(
         backbone=backbone,
         alignment=alignment,
-        fine_embedding=alignment == "centres",
+        fine_embedding=alignment == "centers",
         pre_trained=False,
         pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
         visualizer=False,
@@ -40,7 +40,7 @@ def trained(backbone: str, alignment: Alignment, root: Path, tile_root: Path) ->
 @pytest.mark.parametrize(
     ("backbone", "alignment", "size", "fixed"),
     [
-        ("test_resnet", "centres", (64, 64), True),
+        ("test_resnet", "centers", (64, 64), True),
         ("resnet18", "corners", (100, 150), False),
     ],
 )
@@ -64,7 +64,7 @@ def test_one_score_everywhere(
 
 def test_an_export_without_a_pre_processor_takes_the_size_it_is_made_for(tmp_path: Path) -> None:
     settings = {"pre_trained": False, "pre_processor": False, "visualizer": False}
-    model = AAND(backbone="test_resnet", alignment="centres", **settings).eval()
+    model = AAND(backbone="test_resnet", alignment="centers", **settings).eval()
     with pytest.raises(ValueError, match="give input_size"):
         model.to_onnx(tmp_path)
     file = model.to_onnx(tmp_path, input_size=(70, 53))

@@ -9,8 +9,13 @@ from reference import GOLDEN, parameters, wave
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.aand import AANDModel
-from anomalib_fractalad.models.aand.amplification import ResidualAnomalyAmplification, position_code
-from anomalib_fractalad.models.aand.lightning_model import anomalies_within, draw_positions, shrink_mask
+from anomalib_fractalad.models.aand.amplification import (
+    ResidualAnomalyAmplification,
+    draw_positions,
+    position_code,
+    shrink_mask,
+)
+from anomalib_fractalad.models.aand.anomalies import anomalies_within
 from anomalib_fractalad.models.aand.loss import (
     AmplificationLoss,
     GateLoss,
@@ -227,7 +232,7 @@ def test_the_gate_decides_what_is_amplified(amplifier: ResidualAnomalyAmplificat
     with torch.no_grad():
         advanced = amplifier(features)
         torch.testing.assert_close(advanced[..., :2], features[..., :2])
-        torch.testing.assert_close(advanced[..., 2:], (features + amplifier.generator(features))[..., 2:])
+        torch.testing.assert_close(advanced[..., 2:], (features + amplifier.residual(features))[..., 2:])
 
 
 def test_a_backbone_that_lacks_a_level_is_refused() -> None:
@@ -323,7 +328,7 @@ def test_each_stage_has_a_schedule_from_its_own_start() -> None:
     torch.testing.assert_close(second, torch.tensor([1.0] * 196 + [0.2] * 12 + [0.04] * 12))
 
 
-@pytest.mark.parametrize(("strides", "alignment"), [((8, 16), "corners"), ((16,), "centres"), ((8, 16, 32), "centres")])
+@pytest.mark.parametrize(("strides", "alignment"), [((8, 16), "corners"), ((16,), "centers"), ((8, 16, 32), "centers")])
 def test_stages_of_other_strides(strides: tuple[int, ...], alignment: Alignment) -> None:
     model = AANDModel("test_resnet", pre_trained=False, strides=strides, alignment=alignment).eval()
     images = torch.rand(2, 3, 100, 140)
@@ -331,7 +336,7 @@ def test_stages_of_other_strides(strides: tuple[int, ...], alignment: Alignment)
     decoded = model.student(features)
     sizes = [(math.ceil(100 / stride), math.ceil(140 / stride)) for stride in strides]
     assert [stage.shape[-2:] for stage in features] == [stage.shape[-2:] for stage in decoded] == sizes
-    expected = model.smooth(distance_map(features, decoded, (100, 140), strides if alignment == "centres" else None))
+    expected = model.smooth(distance_map(features, decoded, (100, 140), strides if alignment == "centers" else None))
     torch.testing.assert_close(model(images).anomaly_map, expected)
 
 
@@ -364,7 +369,7 @@ def test_strides_that_do_not_double(strides: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 83), (8, 33)])
-def test_centres_of_receptive_fields(size: tuple[int, int]) -> None:
+def test_centers_of_receptive_fields(size: tuple[int, int]) -> None:
     """Position i lies at pixel stride x i; a second way is to sample each stage where its pixels lie."""
     strides = (8, 16)
     shapes = [(2, 5, math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
@@ -379,15 +384,15 @@ def test_centres_of_receptive_fields(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_stage_sees_most_at_the_centre_that_its_position_is_put_at() -> None:
-    model = AANDModel("resnet18", pre_trained=False, strides=(8, 16), alignment="centres").eval()
+def test_a_stage_sees_most_at_the_center_that_its_position_is_put_at() -> None:
+    model = AANDModel("resnet18", pre_trained=False, strides=(8, 16), alignment="centers").eval()
     images = torch.rand(8, 3, 256, 256, requires_grad=True)
     for stride, stage in zip((8, 16), model.teacher(images), strict=True):
         position = 128 // stride
         (seen,) = torch.autograd.grad(stage[:, :, position, position].square().sum(), images, retain_graph=True)
         profile = seen.abs().sum((0, 1, 2))
-        centre = (profile * torch.arange(256)).sum() / profile.sum()
-        assert centre.item() == pytest.approx(stride * position, abs=1.5)
+        center = (profile * torch.arange(256)).sum() / profile.sum()
+        assert center.item() == pytest.approx(stride * position, abs=1.5)
     stretched = AANDModel("resnet18", pre_trained=False, strides=(8, 16)).eval()
     stretched.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -395,14 +400,14 @@ def test_a_stage_sees_most_at_the_centre_that_its_position_is_put_at() -> None:
 
 
 def test_an_unknown_alignment() -> None:
-    with pytest.raises(ValueError, match="alignment 'middle' is unknown; use one of corners, centres"):
+    with pytest.raises(ValueError, match="alignment 'middle' is unknown; use one of corners, centers"):
         AANDModel("test_resnet", pre_trained=False, alignment="middle")
 
 
 @pytest.mark.parametrize(("width", "layers"), [(5, [5, 5]), (None, [64, 64])])
 def test_width_of_the_amplifiers(width: int | None, layers: list[int]) -> None:
     amplifier = ResidualAnomalyAmplification(32, width)
-    for stack in (amplifier.gate.query, amplifier.generator.scale):
+    for stack in (amplifier.gate.query, amplifier.residual.scale):
         assert [layer.out_channels for layer in stack[::2]] == [*layers, 32]
     model = AANDModel("test_resnet", pre_trained=False, amplifier_width=width).eval()
     for amplifier, channels in zip(model.amplifiers, model.teacher.channels, strict=True):

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def parts_with_gradient(model: AAND) -> set[str]:
     return parts
 
 
-@pytest.mark.parametrize(("loss", "part"), [("focal", "gate"), ("amplification", "generator")])
+@pytest.mark.parametrize(("loss", "part"), [("focal", "gate"), ("amplification", "residual")])
 def test_each_loss_of_stage_one_moves_its_own_part(loss: str, part: str) -> None:
     model = small_model(anomaly_generator="FractalAnomalyGenerator").train()
     statistics = {name: value.clone() for name, value in model.model.named_buffers()}
@@ -247,7 +248,7 @@ def test_stage_one_in_one_piece() -> None:
     expected = 0.0
     for amplifier, features in zip(model.model.amplifiers, model.model.teacher(images * (1 - mask)), strict=True):
         gate = (torch.nn.functional.adaptive_avg_pool2d(mask, features.shape[-2:]) > 0.3).float()
-        advanced = features + gate * amplifier.generator(features)
+        advanced = features + gate * amplifier.residual(features)
         plain, moved = (f.movedim(1, -1).flatten(0, -2) for f in (features, advanced))
         anomalous = gate.flatten() > 0
         cosine = torch.nn.functional.cosine_similarity
@@ -260,7 +261,7 @@ def test_stage_one_in_one_piece() -> None:
 def test_object_mode_keeps_anomalies_and_comparisons_on_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(
-        "anomalib_fractalad.models.aand.lightning_model.draw_positions",
+        "anomalib_fractalad.models.aand.amplification.draw_positions",
         lambda features, where, count: (seen.append(where), features.movedim(1, -1)[where.squeeze(1)][:count])[1],
     )
     images = torch.zeros(1, 3, 64, 64)
@@ -300,7 +301,14 @@ def test_textures_reach_the_generator(tmp_path: Path, tiles: Folder) -> None:
     ("arguments", "message"),
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be above 0 and a whole number"),
+        ({"amplifier_width": True}, "amplifier_width is True; it must be above 0 and a whole number"),
+        ({"strides": (4.0, 8.0)}, r"strides is \(4.0, 8.0\)"),
+        ({"top_share": math.inf}, "top_share is inf"),
+        ({"split": (math.nan, 1)}, r"split is \(nan, 1\).*finite"),
+        ({"split": (1, math.inf)}, r"split is \(1, inf\).*finite"),
         ({"split": (1, 0)}, r"split is \(1, 0\).*stage II's above 0"),
         ({"split": (-1, 1)}, r"split is \(-1, 1\)"),
         ({"split": (1, 1, 1)}, r"split is \(1, 1, 1\)"),
@@ -353,9 +361,21 @@ def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:
 
 
 def test_choices_of_the_network_reach_it() -> None:
-    model = small_model(amplifier_width=5, strides=[8, 16], alignment="centres", fine_embedding=True, split=(1, 1))
+    model = small_model(amplifier_width=5, strides=[8, 16], alignment="centers", fine_embedding=True, split=(1, 1))
     assert [amplifier.gate.query[0].out_channels for amplifier in model.model.amplifiers] == [5, 5]
-    assert model.model.centre_strides == (8, 16)
+    assert model.model.center_strides == (8, 16)
     assert isinstance(model.model.student, SmallStudent)
     assert model.model.student.embed[0][0].stride == (1, 1)
     assert (model.hparams["amplifier_width"], model.hparams["fine_embedding"]) == (5, True)
+
+
+def test_older_checkpoints_and_configs_are_understood() -> None:
+    model = small_model(alignment="centres", strides=(8, 16))
+    assert model.hparams["alignment"] == "centers"
+    assert model.model.center_strides == (8, 16)
+    state = {name.replace(".residual.", ".generator."): value for name, value in model.state_dict().items()}
+    assert any(".generator." in name for name in state)
+    loaded = small_model(alignment="centers", strides=(8, 16))
+    loaded.load_state_dict(state)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(loaded.model.eval()(images).anomaly_map, model.model.eval()(images).anomaly_map)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
+from anomalib.data.utils.tiler import ImageUpscaleMode
 from anomalib.models import get_model
 from anomalib.pre_processing import PreProcessor
 from conftest import assert_same_weights, make_tiles, save, small_engine
@@ -103,8 +106,13 @@ def test_a_single_step_gives_a_usable_model(tmp_path: Path, tiles: Folder) -> No
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"segmentation_weight": 0.0}, "segmentation_weight is 0.0"),
+        ({"segmentation_weight": math.inf}, "segmentation_weight is inf"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"smoothing": math.nan}, "smoothing is nan"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be above 0 and a whole number"),
         ({"patches": 0}, "patches is 0"),
+        ({"patches": 2.0}, "patches is 2.0; it must be above 0 and a whole number"),
         ({"anomaly_generator": "Nope"}, "'Nope'.*is unknown"),
         ({"anomaly_source_path": "no/such/folder"}, "'no/such/folder' holds no images"),
     ],
@@ -118,6 +126,43 @@ def test_sizes_that_do_not_divide_are_refused_before_training(tmp_path: Path, ti
     pre_processor = PreProcessor(Resize((64, 80)))
     with pytest.raises(ValueError, match=r"64x80.*patches=4.*multiples of 64.*64x64 or 64x128"):
         small_engine(tmp_path, max_epochs=1).fit(small_model(patches=4, pre_processor=pre_processor), datamodule=tiles)
+
+
+@pytest.mark.parametrize("mode", ["padding", "interpolation"])
+def test_tiles_are_what_has_to_divide(mode: str, tmp_path: Path, tiles: Folder) -> None:
+    """80x80 does not divide into 2 x 2 patches of stride 16, but its tiles, of 64x64, do."""
+    tiler = TilerConfigurationCallback(enable=True, tile_size=64, stride=48, mode=ImageUpscaleMode(mode))
+    model = small_model(pre_processor=PreProcessor(Resize((80, 80))))
+    engine = small_engine(tmp_path, max_epochs=1, callbacks=[tiler])
+    engine.fit(model, datamodule=tiles)
+    assert engine.test(model, datamodule=tiles, verbose=False)
+    (batch, *_) = engine.predict(model, datamodule=tiles)
+    assert batch.anomaly_map.shape[-2:] == (80, 80)
+    model.to_torch(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "message"),
+    [
+        (128, 80, r"a tile of 80x80.*multiples of 32.*Take tiles of 64x64 or 96x96, or choose fewer patches"),
+        (64, 128, r"an image of 64x64 .* is smaller than a tile of 128x128\. Take smaller tiles"),
+    ],
+)
+def test_tiles_that_do_not_divide_are_refused_before_anything_else(
+    size: int, tile: int, message: str, tmp_path: Path, tiles: Folder
+) -> None:
+    tiler = TilerConfigurationCallback(enable=True, tile_size=tile, stride=tile)
+    model = small_model(pre_processor=PreProcessor(Resize((size, size))))
+    for use in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ValueError, match=message):
+            getattr(small_engine(tmp_path, callbacks=[tiler]), use)(model, datamodule=tiles)
+    for export in (model.to_torch, model.to_onnx, model.to_openvino):
+        with pytest.raises(ValueError, match=message):
+            export(tmp_path)
+    model.model.tiler = None
+    model.pre_processor = None
+    with pytest.raises(ValueError, match="an image of 80x64"):
+        model.to_onnx(tmp_path, input_size=(80, 64))
 
 
 def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher's weights from a local file, for machines without a network."""
+"""The backbone's weights from a local file, and what timm normalizes images with for them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,17 @@ import timm
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
+from conftest import in_onnx_runtime
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models import load_state_dict
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms.v2 import Normalize, ToTensor
 
 import anomalib_fractalad
-from anomalib_fractalad.models.components import FrozenTeacher
+from anomalib_fractalad.models.components import Backbone, FrozenTeacher
+from anomalib_fractalad.models.components.backbone import Normalization
 from anomalib_fractalad.registration import MODELS
 
 BACKBONE = "test_resnet"
@@ -35,13 +41,9 @@ def teacher(weights: Path, name: str = BACKBONE) -> FrozenTeacher:
     return FrozenTeacher(name, (4, 16), pre_trained=True, weights=weights)
 
 
-def weights_of(module: Any) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("features."): value for name, value in module.state_dict().items()}
-
-
 def assert_taken_over(module: FrozenTeacher, network: Any) -> None:
     theirs = network.state_dict()
-    ours = weights_of(module)
+    ours = module.features.state_dict()
     assert ours
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
@@ -94,7 +96,13 @@ class Unpickled:
         return Path.touch, (self.file,)
 
 
-def test_nothing_but_weights_is_unpickled(tmp_path: Path) -> None:
+def load_anything(file: str, use_ema: bool = True, device: str = "cpu", weights_only: bool = False) -> Any:
+    """timm's loader with the default of older versions."""
+    return load_state_dict(file, use_ema, device, weights_only)
+
+
+def test_nothing_but_weights_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anomalib_fractalad.models.components.backbone.load_state_dict", load_anything)
     torch.save({"conv1.weight": Unpickled(tmp_path / "harm")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth' cannot be read"):
         teacher(tmp_path / "evil.pth")
@@ -148,3 +156,70 @@ def test_models_take_weights_and_do_without_the_file_once_trained(
     checkpoint.unlink()
     loaded = kind.load_from_checkpoint(saved)
     assert_taken_over(loaded.model.teacher, network)
+
+
+IMAGENET = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+NAMES = ["tf_efficientnet_lite0", "resnet18", "inception_v3", "resnet50_clip.openai"]
+
+
+def without_normalization(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict as it was before mean and deviation were part of it."""
+    return {name: value for name, value in state.items() if ".normalize." not in f".{name}"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_are_those_of_timms_own_normalization(name: str) -> None:
+    backbone = Backbone(name, (8,), pre_trained=False).eval()
+    network = timm.create_model(name, features_only=True, out_indices=(2,)).eval()
+    network.load_state_dict(backbone.features.state_dict())
+    settings = resolve_data_config({"input_size": (3, 96, 96), "crop_pct": 1.0}, model=network)
+    image = Image.effect_noise((96, 96), 80).convert("RGB")
+    plain = ToTensor()(image)[None]
+    with torch.no_grad():
+        (expected,) = network(create_transform(**settings)(image)[None])
+        (found,) = backbone(plain)
+        (by_imagenet,) = network(IMAGENET(plain))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    changed = (by_imagenet - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert changed == (name != "resnet18")
+
+
+def test_what_timm_does_not_record_is_imagenets() -> None:
+    images = torch.rand(1, 3, 8, 8)
+    for known in ({}, {"mean": None, "std": None}, {"architecture": "mine"}):
+        assert torch.equal(Normalization(known)(images), IMAGENET(images))
+
+
+@pytest.mark.parametrize("name", ["FractalAD", "AAND", "ADPS"])
+def test_older_states_keep_imagenets_normalization(name: str) -> None:
+    extra = {"layers": (4, 8, 16), "patches": 2} if name == "ADPS" else {}
+    trained, loaded = (
+        getattr(anomalib_fractalad, name)(backbone=BACKBONE, pre_trained=False, **extra).eval() for _ in range(2)
+    )
+    backbones = [module for module in loaded.modules() if isinstance(module, Backbone)]
+    images = torch.rand(1, 3, 64, 64)
+    loaded.load_state_dict(trained.state_dict())
+    assert all(torch.equal(backbone.normalize(images), 2 * images - 1) for backbone in backbones)
+    loaded.load_state_dict(without_normalization(trained.state_dict()))
+    for backbone in backbones:
+        for ours, theirs in zip(Backbone.forward(backbone, images), backbone.features(IMAGENET(images)), strict=True):
+            assert torch.equal(ours, theirs)
+    again = type(loaded)(backbone=BACKBONE, pre_trained=False, **extra)
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.model.teacher.normalize.mean, loaded.model.teacher.normalize.mean)
+    with pytest.raises(RuntimeError, match=r"Missing.*teacher\.normalize\.mean.*teacher\.features"):
+        loaded.load_state_dict({})
+    again.load_state_dict({}, strict=False)
+    assert torch.equal(again.model.teacher.normalize.mean, loaded.model.teacher.normalize.mean)
+
+
+def test_an_export_normalizes_as_the_state_does(tmp_path: Path) -> None:
+    backbone = Backbone(BACKBONE, (4,), pre_trained=False).eval()
+    backbone.load_state_dict(without_normalization(backbone.state_dict()))
+    images, file = torch.rand(1, 3, 32, 32), tmp_path / "backbone.onnx"
+    names = {"input_names": ["input"], "output_names": ["features"]}
+    torch.onnx.export(backbone, (images,), file, dynamo=True, verbose=False, **names)
+    with torch.no_grad():
+        (expected,) = backbone.features(IMAGENET(images))
+    exported = torch.as_tensor(in_onnx_runtime(file, images).features)
+    torch.testing.assert_close(exported, expected, atol=1e-4, rtol=1e-4)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,15 @@ def test_cosine_decay_needs_an_end(tmp_path: Path, tiles: Folder) -> None:
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be above 0 and a whole number"),
+        ({"epochs": math.nan}, "epochs is nan"),
+        ({"epochs": True}, "epochs is True"),
+        ({"top_share": math.nan}, "top_share is nan"),
+        ({"top_share": True}, "top_share is True"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -138,8 +147,9 @@ def test_object_mode_reaches_the_generator() -> None:
 def test_position_margin_reaches_the_generator() -> None:
     assert small_model().generator.position_margin == 0.1
     assert small_model(position_margin=0).generator.position_margin == 0
-    with pytest.raises(ValueError, match="position_margin"):
-        small_model(position_margin=-0.1)
+    for margin in (-0.1, 0.3):
+        with pytest.raises(ValueError, match=rf"^position_margin={margin}: must lie in \[0, 0.25\]"):
+            small_model(position_margin=margin)
 
 
 def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import os
 import pickle
 from itertools import pairwise
@@ -482,11 +483,38 @@ def test_wrong_images_are_refused(image: Tensor, error: type[Exception], message
         generator.augment(image)
 
 
+SIGNATURE = inspect.signature(FractalAnomalyGenerator).parameters
+NUMBERS = [name for name, parameter in SIGNATURE.items() if type(parameter.default) in {int, float}]
+RANGES = ["patch_size", "channel_gain", "rotation", "object_patch_size"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"position_margin": 0.3},
+            r"position_margin=0.3: must lie in \[0, 0.25\].*patch_size must end at 0.4 or below",
+        ),
+        ({"patch_size": (0.1, 0.9)}, r"position_margin=0.1: must lie in \[0, 0.05\].*patch_size must end at 0.8"),
+        ({"position_margin": 0.2, "patch_size": (0.1, 0.7)}, r"\[0, 0.15\].*patch_size=\(0.1, 0.7\)"),
+        ({"position_margin": -0.1}, r"position_margin=-0.1: must lie in \[0, 0.25\]"),
+    ],
+)
+def test_a_margin_that_leaves_no_room_is_named_with_what_works(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FractalAnomalyGenerator(**options)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.15, 0.2, 0.25, 0.45])
+def test_the_largest_margin_works(margin: float) -> None:
+    generator = plain(position_margin=margin, patch_size=(0.01, 1 - 2 * margin))
+    assert generator(torch.rand(1, 3, 64, 64))[1].any()
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"patch_size": (0.5, 0.1)},
-        {"patch_size": (0.1, 0.9)},
         {"position_margin": 0.6},
         {"color_probabilities": (0.5, 0.5, 0.5)},
         {"color_probabilities": (1.0, 0.0)},
@@ -503,12 +531,19 @@ def test_wrong_images_are_refused(image: Tensor, error: type[Exception], message
         {"noise_amplitude": -0.1},
         {"jitter": 0.7},
         {"object_patch_size": (0.1,)},
-        {"probability": float("nan")},
+        *({name: float("nan")} for name in NUMBERS),
+        *({name: float("inf")} for name in NUMBERS),
+        *({name: True} for name in NUMBERS),
+        *({name: (0.0, float("inf"))} for name in RANGES),
+        *({name: (float("nan"), 0.5)} for name in RANGES),
+        *({name: 0.3} for name in RANGES),
+        *({name: 2.5} for name in ("maps", "points", "dilations")),
     ],
+    ids=str,
 )
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name}="):
         FractalAnomalyGenerator(**options)
 
 

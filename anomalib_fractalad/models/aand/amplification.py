@@ -2,6 +2,7 @@
 """Stage I of AAND: a residual that moves the teacher's features where they are anomalous."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from anomalib_fractalad.models.components import at_least_float32
 
 MEMORY_ITEMS = 50  # for normal and as many for anomalous positions
 TEMPERATURE = 0.2
+MASK_THRESHOLD = 0.3
+NORMAL_POSITIONS = 5000
+ANOMALOUS_POSITIONS = 1000
 
 
 class ResidualAnomalyAmplification(nn.Module):
-    """Add a gated residual to the features of one stage: F + gate x residual.
+    """Add a gated residual to the features of one level: F + gate x residual.
 
     AAND (arXiv 2405.02068), section III-B.
 
@@ -26,7 +30,27 @@ class ResidualAnomalyAmplification(nn.Module):
     def __init__(self, channels: int, width: int | None = None) -> None:
         super().__init__()
         self.gate = MatchingGate(channels, width)
-        self.generator = ResidualGenerator(channels, width)
+        self.residual = ResidualScaling(channels, width)
+
+    def compare(self, features: Tensor, mask: Tensor, foreground: Tensor) -> "AmplifiedLevel":
+        """Find out what stage I's losses compare.
+
+        Args:
+            features: The teacher's features of anomalous images, (B, C, h, w).
+            mask: Where the images are anomalous, (B, 1, H, W), true or false.
+            foreground: What normal positions are drawn from, (B, 1, H, W), true or false.
+
+        Returns:
+            Positions of this level, drawn at random from the whole batch, and the gate of all.
+        """
+        is_anomalous = shrink_mask(mask, features)
+        is_normal = shrink_mask(foreground, features) & ~is_anomalous
+        gate = self.gate(features)
+        normal = draw_positions(features, is_normal, NORMAL_POSITIONS)
+        anomalous = draw_positions(features, is_anomalous, ANOMALOUS_POSITIONS)
+        # The true mask stands in for the gate. It is 1 at these positions, and the loss sees no other residuals.
+        amplified = anomalous + self.residual(anomalous[..., None, None]).flatten(1)
+        return AmplifiedLevel(gate, is_anomalous, normal, anomalous, amplified)
 
     def forward(self, features: Tensor) -> Tensor:
         """Amplify anomalous positions, found by the gate.
@@ -38,8 +62,33 @@ class ResidualAnomalyAmplification(nn.Module):
             Advanced features, (B, C, H, W).
         """
         gate = self.gate(features).sigmoid().to(features.dtype)
-        advanced: Tensor = features + gate * self.generator(features)
+        advanced: Tensor = features + gate * self.residual(features)
         return advanced
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Read older state dicts, too, which call the residual a generator."""
+        older = f"{prefix}generator."
+        for name in [name for name in state_dict if name.startswith(older)]:
+            state_dict[f"{prefix}residual.{name.removeprefix(older)}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AmplifiedLevel(NamedTuple):
+    """What the losses of stage I compare at one level of features.
+
+    Attributes:
+        gate: Logits of the gate, (B, 1, h, w).
+        mask: Which positions are anomalous, (B, 1, h, w), true or false.
+        normal: Features of normal positions, (N, C).
+        anomalous: Features of anomalous positions, (A, C).
+        amplified: The same, with the residual added, (A, C).
+    """
+
+    gate: Tensor
+    mask: Tensor
+    normal: Tensor
+    anomalous: Tensor
+    amplified: Tensor
 
 
 class MatchingGate(nn.Module):
@@ -77,8 +126,8 @@ class MatchingGate(nn.Module):
         return anomalous.logsumexp(dim=1, keepdim=True) - normal.logsumexp(dim=1, keepdim=True)
 
 
-class ResidualGenerator(nn.Module):
-    """Attribute-scaling residual generator: the features, each channel scaled by a factor in (-1, 1).
+class ResidualScaling(nn.Module):
+    """Attribute-scaling residual: the features, each channel scaled by a factor in (-1, 1).
 
     Args:
         channels: Channels of the features.
@@ -100,6 +149,35 @@ class ResidualGenerator(nn.Module):
         """
         residual: Tensor = self.scale(features).tanh() * features
         return residual
+
+
+def shrink_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """Bring a mask to the size of a level: true where more than 0.3 of the area is.
+
+    Args:
+        mask: (B, 1, H, W).
+        features: (B, C, h, w).
+
+    Returns:
+        (B, 1, h, w), true or false.
+    """
+    return F.interpolate(mask.float(), size=features.shape[-2:], mode="area") > MASK_THRESHOLD
+
+
+def draw_positions(features: Tensor, where: Tensor, count: int) -> Tensor:
+    """Draw positions at random, at most ``count`` in the whole batch.
+
+    Args:
+        features: (B, C, H, W).
+        where: Positions to draw from, (B, 1, H, W), true or false.
+        count: Number of positions to draw.
+
+    Returns:
+        Features of the positions, (N, C).
+    """
+    positions = where.squeeze(1).nonzero()
+    image, row, column = positions[torch.randperm(len(positions), device=positions.device)[:count]].T
+    return features[image, :, row, column]
 
 
 def position_code(features: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class AmplificationLoss(nn.Module):
 
 
 class HardDistillationLoss(nn.Module):
-    """Reverse distillation's loss and, at each stage, the mean 1 - cos of the positions that are worst reproduced.
+    """Reverse distillation's loss and, at each level, the mean 1 - cos of the positions that are worst reproduced.
 
     Args:
         positions: Number of the worst positions of each image.
@@ -83,11 +83,11 @@ class HardDistillationLoss(nn.Module):
         """Compare features of normal images.
 
         Args:
-            teacher: (B, C_i, H_i, W_i) for each stage.
+            teacher: (B, C_i, H_i, W_i) for each level.
             student: The same shapes.
 
         Returns:
-            A scalar in [0, 4 x stages].
+            A scalar in [0, 4 x levels].
         """
         loss: Tensor = self.plain(teacher, student)
         for t, s in zip(teacher, student, strict=True):
@@ -97,17 +97,17 @@ class HardDistillationLoss(nn.Module):
 
 
 class PlainDistillationLoss(nn.Module):
-    """Reverse distillation's loss: the sum over stages of the mean 1 - cos of the flattened maps."""
+    """Reverse distillation's loss: the sum over levels of the mean 1 - cos of the flattened maps."""
 
     def forward(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
         """Compare features of normal images.
 
         Args:
-            teacher: (B, C_i, H_i, W_i) for each stage.
+            teacher: (B, C_i, H_i, W_i) for each level.
             student: The same shapes.
 
         Returns:
-            A scalar in [0, 2 x stages].
+            A scalar in [0, 2 x levels].
         """
         # anomalib's views each map as (B, C H W).
         teacher, student = ([at_least_float32(m).contiguous() for m in maps] for maps in (teacher, student))

@@ -2,8 +2,10 @@
 """Which of AAND's two stages runs at a step of training, and at which learning rate."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from anomalib_fractalad.training.schedules import step_decay
 
@@ -19,7 +21,7 @@ class Stage(IntEnum):
 class StagePlan:
     """The lengths of both stages, in optimiser steps.
 
-    It follows from the length of the training, so that a resumed run has the same.
+    It follows from the length of the training, so that a resumed run of the same length has the same.
 
     Attributes:
         amplification: Steps of stage I, from the first one.
@@ -52,6 +54,45 @@ class StagePlan:
             whole = math.floor(steps / steps_per_epoch * share + 0.5)
             amplification = min(max(whole, 1), epochs - 1) * steps_per_epoch
         return cls(amplification, steps - amplification)
+
+    @classmethod
+    def recorded(cls, checkpoint: Mapping[str, Any]) -> "StagePlan":
+        """The plan of the training that a checkpoint comes from.
+
+        Checkpoints of before plans were recorded are told by the steps that Adam has counted for the student; then
+        stage II is as long as it had come.
+
+        Args:
+            checkpoint: A Lightning checkpoint.
+
+        Returns:
+            The plan, or one without a step where nothing can be told.
+        """
+        if "stage_plan" in checkpoint:
+            return cls(**checkpoint["stage_plan"])
+        done = 0
+        for optimizer in checkpoint.get("optimizer_states", []):
+            for group in optimizer["param_groups"]:
+                if group.get("name") == Stage.DISTILLATION.name.lower():
+                    states = (optimizer["state"].get(parameter) for parameter in group["params"])
+                    done = max([done, *(int(state["step"]) for state in states if state)])
+        return cls(checkpoint["global_step"] - done, done) if done else cls(0, 0)
+
+    def after(self, earlier: "StagePlan", step: int) -> "StagePlan":
+        """This plan for a training that goes on after an earlier one: a finished stage I stays finished.
+
+        Args:
+            earlier: The plan of the earlier training.
+            step: Optimiser steps done.
+        """
+        steps = self.amplification + self.distillation
+        if 0 < earlier.amplification <= step:
+            amplification = earlier.amplification
+        elif 0 < self.amplification < step < earlier.amplification:  # it was to be longer, and ends now
+            amplification = step
+        else:
+            amplification = self.amplification
+        return StagePlan(amplification, max(steps - amplification, 0))
 
     def stage(self, step: int) -> Stage:
         """Stage of a step.

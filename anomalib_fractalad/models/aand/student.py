@@ -24,12 +24,12 @@ def reverse_student(
 
     Args:
         backbone: Name of the teacher's timm model.
-        channels: Channels of the teacher's stages.
-        strides: Strides of the teacher's stages; anomalib's student takes the published ones only.
-        fine_embedding: Decode from an embedding as fine as the coarsest stage, which the small student alone can.
+        channels: Channels of the teacher's levels.
+        strides: Strides of the teacher's levels; anomalib's student takes the published ones only.
+        fine_embedding: Decode from an embedding as fine as the coarsest level, which the small student alone can.
 
     Returns:
-        A module that takes the features of all stages and gives as many of the same shapes.
+        A module that takes the features of all levels and gives as many of the same shapes.
     """
     architecture = backbone.partition(".")[0]
     if fine_embedding or tuple(strides) != PUBLISHED_STRIDES:
@@ -48,8 +48,8 @@ class ResNetStudent(nn.Module):
     """Reverse distillation (Deng and Li, CVPR 2022) with the bottleneck and decoder of anomalib.
 
     Args:
-        bottleneck: Embeds the features of three stages.
-        decoder: Decodes the embedding into three stages.
+        bottleneck: Embeds the features of three levels.
+        decoder: Decodes the embedding into three levels.
     """
 
     def __init__(self, bottleneck: nn.Module, decoder: nn.Module) -> None:
@@ -76,8 +76,8 @@ class SmallStudent(nn.Module):
     """Reverse distillation for any teacher, with depthwise separable convolutions.
 
     Args:
-        channels: Channels of the teacher's stages, from the finest to the coarsest, each half the size of the last.
-        fine_embedding: Decode from an embedding of the coarsest stage's size, with half of its channels; otherwise, as
+        channels: Channels of the teacher's levels, from the finest to the coarsest, each half the size of the last.
+        fine_embedding: Decode from an embedding of the coarsest level's size, with half of its channels; otherwise, as
             reverse distillation does, of half of its size, with twice its channels. Both hold as many values.
     """
 
@@ -86,8 +86,8 @@ class SmallStudent(nn.Module):
         coarsest = channels[-1]
         embedding, stride = (coarsest // 2, 1) if fine_embedding else (2 * coarsest, 2)
         self.shrink = nn.ModuleList(
-            nn.Sequential(*(_separable(fine, coarse, stride=2) for fine, coarse in pairwise(channels[stage:])))
-            for stage in range(len(channels))
+            nn.Sequential(*(_separable(fine, coarse, stride=2) for fine, coarse in pairwise(channels[level:])))
+            for level in range(len(channels))
         )
         self.embed = _separable(len(channels) * coarsest, embedding, stride)
         self.reduce = nn.ModuleList(
@@ -101,20 +101,20 @@ class SmallStudent(nn.Module):
         """Squeeze the features into an embedding and decode them again.
 
         Args:
-            features: (B, C_i, H_i, W_i) for each stage, from the finest to the coarsest.
+            features: (B, C_i, H_i, W_i) for each level, from the finest to the coarsest.
 
         Returns:
             The same shapes.
         """
         height, width = features[-1].shape[-2:]
         # Teachers differ in how they round sizes that cannot be halved; shrinking rounds up.
-        small = [shrink(stage)[..., :height, :width] for shrink, stage in zip(self.shrink, features, strict=True)]
+        small = [shrink(level)[..., :height, :width] for shrink, level in zip(self.shrink, features, strict=True)]
         x = self.embed(torch.cat(small, dim=1))
         decoded = []
-        for stage in reversed(range(len(features))):
-            x = F.interpolate(self.reduce[stage](x), size=features[stage].shape[-2:], mode="bilinear")
-            x = self.refine[stage](x)
-            decoded.append(self.predict[stage](x))
+        for level in reversed(range(len(features))):
+            x = F.interpolate(self.reduce[level](x), size=features[level].shape[-2:], mode="bilinear")
+            x = self.refine[level](x)
+            decoded.append(self.predict[level](x))
         return decoded[::-1]
 
 

@@ -17,7 +17,13 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Adam
 
-from anomalib_fractalad.models.components import AnomalyGenerator, GeneratorChoice, check_positive, gaussian_blur
+from anomalib_fractalad.models.components import (
+    AnomalyGenerator,
+    GeneratorChoice,
+    check_count,
+    check_positive,
+    gaussian_blur,
+)
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import scheduled, step_decay
 
@@ -35,8 +41,8 @@ class ADPS(OneClassModule, AnomalibModule):
         pre_trained: Load ImageNet weights into the teacher.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
             ImageNet weights: no network is needed.
-        layers: The stages to compare, from the finest to the coarsest: strides, or names of timm's feature levels such
-            as layer1. The default is a ResNet's first three stages.
+        layers: The levels to compare, from the finest to the coarsest: strides, or names of timm's feature levels such
+            as layer1. The default is a ResNet's first three levels.
         patches: The student sees the image in patches x patches parts. 1 is usual, symmetric distillation. Height and
             width of the image must be multiples of patches times the coarsest stride.
         split_layers: Those of layers after which the student's features are split 2 x 2 once more.
@@ -50,7 +56,7 @@ class ADPS(OneClassModule, AnomalibModule):
         learning_rate: Learning rate of Adam. It falls to a fifth after 80 % of the training, and again after 90 %.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
-        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use anomalib's default.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
@@ -90,7 +96,8 @@ class ADPS(OneClassModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(learning_rate=learning_rate, epochs=epochs, segmentation_weight=segmentation_weight)
+        check_positive(learning_rate=learning_rate, segmentation_weight=segmentation_weight)
+        check_count(epochs=epochs)
         layers, split_layers = tuple(layers), tuple(split_layers)
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What the checkpoint records: plain data, texture folder included.
@@ -114,13 +121,67 @@ class ADPS(OneClassModule, AnomalibModule):
         """Refuse what would fail during training.
 
         Raises:
-            ValueError: If the pre-processor normalises images or makes them of a size that cannot be divided into
-                patches, or if the anomaly generator that a checkpoint records cannot be built.
+            ValueError: If the pre-processor normalizes images, if it makes images, or the tiler tiles, of a size that
+                cannot be divided into patches, or if the anomaly generator that a checkpoint records cannot be built.
         """
         super().on_fit_start()
         self.generator.prepare()
-        if self.input_size is not None:
-            self.model.student.check_size(self.input_size)
+        self.model.check_size(self.input_size)
+
+    def on_validation_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        """Refuse sizes that cannot be divided into patches."""
+        self.model.check_size(self.input_size)
+        super().on_predict_start()
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export for torch.
+
+        Args:
+            *args: As for anomalib's :meth:`to_torch`.
+            **kwargs: Likewise.
+
+        Returns:
+            The .pt file.
+
+        Raises:
+            ValueError: If images or tiles are of a size that cannot be divided into patches.
+        """
+        self.model.check_size(self.input_size)
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, and by way of it to OpenVINO.
+
+        Args:
+            export_root: Folder to export into.
+            model_file_name: Name of the file, without its ending.
+            input_size: Height and width; left out, any size is taken and resized by the pre-processor.
+            **kwargs: Passed on to :func:`torch.onnx.export`.
+
+        Returns:
+            The ONNX file.
+
+        Raises:
+            ValueError: If images or tiles are of a size that cannot be divided into patches.
+        """
+        self.model.check_size(self.input_size or input_size)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Make anomalies, compare teacher and student, segment.

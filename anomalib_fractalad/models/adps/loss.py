@@ -13,7 +13,7 @@ from anomalib_fractalad.models.components import at_least_float32
 class AsymmetricDistillationLoss(nn.Module):
     """Pulls normal positions together and pushes anomalous ones apart.
 
-    Sum over stages of the mean over positions of (1 - Y)(1 - cos) + Y cos. The mask Y of a stage is the share of
+    Sum over levels of the mean over positions of (1 - Y)(1 - cos) + Y cos. The mask Y of a level is the share of
     anomalous pixels that each of its positions covers.
     """
 
@@ -21,11 +21,11 @@ class AsymmetricDistillationLoss(nn.Module):
         """Compare the distances of teacher and student with the anomaly mask.
 
         Args:
-            distances: 1 - cos(teacher, student), (B, 1, H_i, W_i) for each stage.
+            distances: 1 - cos(teacher, student), (B, 1, H_i, W_i) for each level.
             mask: (B, 1, H, W), values in [0, 1].
 
         Returns:
-            A scalar in [-stages, 2 x stages].
+            A scalar in [-levels, 2 x levels].
         """
         loss = mask.new_zeros(())
         for distance in distances:

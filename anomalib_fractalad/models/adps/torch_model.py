@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -17,13 +18,14 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     at_least_float32,
+    check_count,
     check_positive,
     cosine_distance,
     gaussian_blur,
     predict_by_tiles,
 )
 
-LAYERS = (4, 8, 16)  # the strides of a ResNet's first three stages
+LAYERS = (4, 8, 16)  # the strides of a ResNet's first three levels
 
 
 class ADPSModel(nn.Module):
@@ -34,7 +36,7 @@ class ADPSModel(nn.Module):
     Args:
         backbone: Name of a timm CNN.
         pre_trained: Load ImageNet weights into the teacher.
-        layers: The stages, from the finest to the coarsest: strides or names of timm's feature levels.
+        layers: The levels, from the finest to the coarsest: strides or names of timm's feature levels.
         patches: The student sees ``patches`` x ``patches`` parts of the image.
         split_layers: Those of ``layers`` after which the student's features are split 2 x 2 once more.
         smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
@@ -44,7 +46,7 @@ class ADPSModel(nn.Module):
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
 
     Raises:
-        ValueError: If the backbone lacks a stage, or an argument is out of range.
+        ValueError: If the backbone lacks a level, or an argument is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -61,7 +63,8 @@ class ADPSModel(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_positive(patches=patches, smoothing=smoothing)
+        check_count(patches=patches)
+        check_positive(smoothing=smoothing)
         self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
         self.student = PatchStudent(backbone, layers, patches, split_layers)
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
@@ -79,6 +82,28 @@ class ADPSModel(nn.Module):
         """
         anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
+
+    def check_size(self, size: Sequence[int] | None) -> None:
+        """Refuse images whose parts, tiles with a tiler and whole images without, cannot be divided into patches.
+
+        Args:
+            size: Height and width of the images; ``None`` where they are not known.
+
+        Raises:
+            ValueError: If they cannot, or if an image is smaller than a tile.
+        """
+        if self.tiler is None:
+            if size is not None:
+                self.student.check_size(size)
+            return
+        tile = (self.tiler.tile_size_h, self.tiler.tile_size_w)
+        self.student.check_size(tile, "tile")
+        if size is not None and (size[0] < tile[0] or size[1] < tile[1]):
+            msg = (
+                f"an image of {size[0]}x{size[1]} (height x width) is smaller than a tile of {tile[0]}x{tile[1]}. Take "
+                "smaller tiles (tile_size), or resize to a larger image in the pre-processor."
+            )
+            raise ValueError(msg)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole.
@@ -100,12 +125,12 @@ class ADPSModel(nn.Module):
 
         Returns:
             The teacher's features T_i, (B, C_i, H_i, W_i), and 1 - W_i = 1 - cos(T_i, S_i), (B, 1, H_i, W_i), for each
-            stage.
+            level.
 
         Raises:
             ValueError: If the images cannot be divided into patches.
         """
-        self.student.check_size(images.shape[-2:])
+        self.student.check_size(images.shape[-2:], "image" if self.tiler is None else "tile")
         teacher = self.teacher(images)
         return teacher, list(map(cosine_distance, teacher, self.student(images)))
 
@@ -113,8 +138,8 @@ class ADPSModel(nn.Module):
         """Weigh the teacher's features and segment anomalies.
 
         Args:
-            teacher: (B, C_i, H_i, W_i) for each stage.
-            distances: (B, 1, H_i, W_i) for each stage.
+            teacher: (B, C_i, H_i, W_i) for each level.
+            distances: (B, 1, H_i, W_i) for each level.
 
         Returns:
             Logits (B, 2, H, W), normal and anomalous.
@@ -141,7 +166,7 @@ class PatchStudent(Backbone):
 
     Args:
         name: Name of a timm model.
-        layers: The stages, from the finest to the coarsest.
+        layers: The levels, from the finest to the coarsest.
         patches: Patches along each side of the image.
         split_layers: Those of ``layers`` after which features are split 2 x 2 once more.
 
@@ -149,7 +174,7 @@ class PatchStudent(Backbone):
         size_multiple: What an image's height and width have to be multiples of.
 
     Raises:
-        ValueError: If stages are out of order, or ``split_layers`` are not among ``layers`` or name the last.
+        ValueError: If levels are out of order, or ``split_layers`` are not among ``layers`` or name the last.
     """
 
     def __init__(
@@ -176,11 +201,12 @@ class PatchStudent(Backbone):
             self.grids.append(grids)
         self.size_multiple: int = self.strides[-1] * patches * 2 ** len(set(split_layers))
 
-    def check_size(self, size: Sequence[int]) -> None:
+    def check_size(self, size: Sequence[int], what: Literal["image", "tile"] = "image") -> None:
         """Refuse a size that cannot be divided into patches.
 
         Args:
-            size: Height and width of the image.
+            size: Height and width of what the student sees.
+            what: What that is.
 
         Raises:
             ValueError: If they are not multiples of ``size_multiple``.
@@ -189,11 +215,13 @@ class PatchStudent(Backbone):
         if any(side % multiple for side in size):
             smaller = "x".join(str(max(side // multiple, 1) * multiple) for side in size)
             larger = "x".join(str(-(-side // multiple) * multiple) for side in size)
+            nearest = " or ".join(dict.fromkeys((smaller, larger)))
+            fix = f"Take tiles of {nearest}" if what == "tile" else f"Resize to {nearest} in the pre-processor"
             msg = (
-                f"an image of {size[0]}x{size[1]} (height x width) cannot be divided into {self.patches} x "
-                f"{self.patches} patches (patches={self.patches}): its sides must be multiples of {multiple}, patches "
-                f"times the stride of the coarsest features. Resize to "
-                f"{' or '.join(dict.fromkeys((smaller, larger)))} in the pre-processor, or choose fewer patches."
+                f"{'an image' if what == 'image' else 'a tile'} of {size[0]}x{size[1]} (height x width) cannot be "
+                f"divided into {self.patches} x {self.patches} patches (patches={self.patches}): its sides must be "
+                f"multiples of {multiple}, patches times the stride of the coarsest features. {fix}, or choose fewer "
+                "patches."
             )
             raise ValueError(msg)
 
@@ -204,7 +232,7 @@ class PatchStudent(Backbone):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            (B, C_i, H_i, W_i) for each stage.
+            (B, C_i, H_i, W_i) for each level.
         """
         features = super().forward(split(images, self.patches))
         for i, grids in enumerate(self.grids):
@@ -256,8 +284,8 @@ class PostSegmentation(nn.Module):
     """U-Net's decoder (Ronneberger et al., MICCAI 2015), from weighted features to logits of the image's size.
 
     Args:
-        channels: Channels of each stage, from the finest to the coarsest.
-        strides: Stride of each stage, powers of 2.
+        channels: Channels of each level, from the finest to the coarsest.
+        strides: Stride of each level, powers of 2.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
@@ -278,7 +306,7 @@ class PostSegmentation(nn.Module):
         """Segment.
 
         Args:
-            features: (B, C_i, H / stride_i, W / stride_i) for each stage, from the finest to the coarsest.
+            features: (B, C_i, H / stride_i, W / stride_i) for each level, from the finest to the coarsest.
 
         Returns:
             Logits (B, 2, H, W), normal and anomalous.
@@ -291,11 +319,11 @@ class PostSegmentation(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Double the size, join with the features of the next finer stage where there is one, and convolve twice.
+    """Double the size, join with the features of the next finer level where there is one, and convolve twice.
 
     Args:
         in_channels: Channels of the coarser map.
-        skip_channels: Channels of the finer stage; 0 where there is none.
+        skip_channels: Channels of the finer level; 0 where there is none.
         out_channels: Channels of the result.
     """
 

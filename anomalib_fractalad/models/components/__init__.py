@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that at least two models share."""
 
-from .arguments import check_positive
+from .arguments import check_count, check_not_negative, check_positive, is_finite, is_whole
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
@@ -18,9 +18,13 @@ __all__ = [
     "ImageScore",
     "Reduction",
     "at_least_float32",
+    "check_count",
+    "check_not_negative",
     "check_positive",
     "cosine_distance",
     "gaussian_blur",
+    "is_finite",
+    "is_whole",
     "predict_by_tiles",
     "resample",
 ]

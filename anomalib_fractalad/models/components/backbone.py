@@ -7,34 +7,34 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Normalize
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A convolutional timm backbone that takes images in [0, 1] and gives feature maps of several stages.
+    """A convolutional timm backbone that takes images in [0, 1] and gives feature maps of several levels.
 
-    Images are normalised with ImageNet's statistics inside, so that whatever makes anomalies sees plain images.
+    Images are normalized inside, so that whatever makes anomalies sees plain images. Mean and standard deviation are
+    those that timm records for the weights of this name, and part of the state. A state dict from before they were
+    holds a network that was trained with ImageNet's, and gets these.
 
     Args:
-        name: Name of a timm model.
-        layers: The stages: strides (numbers) or names of timm's feature levels (such as ``layer2`` or ``blocks.3``).
-        pre_trained: Load ImageNet weights; otherwise weights are random.
+        name: Name of a timm model, with or without a tag: ``tf_efficientnet_lite0`` or ``resnet18.a1_in1k``.
+        layers: The levels: strides (numbers) or names of timm's feature levels (such as ``layer2`` or ``blocks.3``).
+        pre_trained: Load timm's pre-trained weights; otherwise weights are random.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) of the whole network, with or
-            without its classifier, to load in place of ImageNet weights.
+            without its classifier, to load in place of timm's. Where the weights of several tags differ in mean and
+            deviation, ``name`` has to have the file's tag.
 
     Attributes:
-        channels: Channels of each stage.
-        strides: Stride of each stage relative to the image.
-        levels: Name of each stage in timm.
+        channels: Channels of each level.
+        strides: Stride of each level relative to the image.
+        levels: Name of each level in timm.
 
     Raises:
         FileNotFoundError: If there is no file ``weights``.
-        ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a stage, or if the file of
+        ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a level, or if the file of
             weights cannot be read, belongs to another network, or is given without ``pre_trained``.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
@@ -49,7 +49,6 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         levels = _find_levels(name, layers)
-        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
         source = {}
         if weights is not None:
             if not pre_trained:
@@ -58,6 +57,7 @@ class Backbone(nn.Module):
             source = {"pretrained_cfg_overlay": {"state_dict": _read_weights(name, Path(weights))}}
         features = _create_model(name, pretrained=pre_trained, out_indices=tuple(levels), **source)
         features.pretrained_cfg.pop("state_dict", None)  # or every export would hold the weights a second time
+        self.normalize = Normalization(features.pretrained_cfg)
         self.features: nn.Module = features
         self.channels: list[int] = features.feature_info.channels()
         self.strides: list[int] = features.feature_info.reduction()
@@ -71,10 +71,48 @@ class Backbone(nn.Module):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            One map (B, C_i, H / stride_i, W / stride_i), rounded up, for each stage.
+            One map (B, C_i, H / stride_i, W / stride_i), rounded up, for each level.
         """
         features: list[Tensor] = self.features(self.normalize(images))
         return features
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Read older state dicts, too, which have the network's weights without mean and deviation."""
+        if any(name.startswith(f"{prefix}features.") for name in state_dict):
+            for name, value in Normalization({}).state_dict(prefix=f"{prefix}normalize.").items():
+                state_dict.setdefault(name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Normalization(nn.Module):
+    """(x - mean) / standard deviation, by channel.
+
+    Args:
+        pretrained_cfg: timm's record of pre-trained weights; what it lacks is ImageNet's.
+
+    Attributes:
+        mean: (3, 1, 1).
+        std: (3, 1, 1).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(pretrained_cfg.get(name) or default).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize images.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            (B, 3, H, W).
+        """
+        return (images - self.mean) / self.std
 
 
 class FrozenTeacher(Backbone):
@@ -82,9 +120,9 @@ class FrozenTeacher(Backbone):
 
     Args:
         name: Name of a timm model.
-        layers: The stages: strides (numbers) or names of timm's feature levels.
-        pre_trained: Load ImageNet weights; otherwise weights are random.
-        weights: Local timm checkpoint to load in place of ImageNet weights.
+        layers: The levels: strides (numbers) or names of timm's feature levels.
+        pre_trained: Load timm's pre-trained weights; otherwise weights are random.
+        weights: Local timm checkpoint to load in place of timm's.
     """
 
     def __init__(
@@ -124,7 +162,7 @@ def _read_weights(name: str, file: Path) -> dict[str, Tensor]:
         msg = f"weights is {str(file)!r}, but there is no such file"
         raise FileNotFoundError(msg)
     try:
-        weights: dict[str, Tensor] = load_state_dict(str(file))
+        weights: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
         shapes = {key: value.shape for key, value in weights.items()}
     except Exception as error:
         msg = (

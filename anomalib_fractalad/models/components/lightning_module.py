@@ -24,9 +24,10 @@ from anomalib_fractalad.training.callbacks import training_callbacks
 from anomalib_fractalad.training.mask_folders import check_mask_folders
 
 from .tiled_module import TiledModule
+from .training_check import TrainingCheck
 
 
-class OneClassModule(TiledModule, CheckpointArguments, ExportModule):
+class OneClassModule(TrainingCheck, TiledModule, CheckpointArguments, ExportModule):
     """A model that learns from normal images alone, in steps of an optimizer.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from .arguments import is_finite
+
 Reduction = Literal["mean", "max", "top"]
 
 
@@ -25,8 +27,10 @@ class ImageScore(nn.Module):
         if reduction not in get_args(Reduction):
             msg = f"image score {reduction!r} is unknown; use one of {', '.join(get_args(Reduction))}"
             raise ValueError(msg)
-        if not 0 < top_share <= 1:
-            msg = f"top_share is {top_share}; it must be above 0 and at most 1 (0.005 is half a percent of the pixels)"
+        if not is_finite(top_share) or not 0 < top_share <= 1:
+            msg = (
+                f"top_share is {top_share!r}; it must be above 0 and at most 1 (0.005 is half a percent of the pixels)"
+            )
             raise ValueError(msg)
         self.reduction = reduction
         self.top_share = top_share

@@ -19,7 +19,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 
-from anomalib_fractalad.models.components import ImageScore, Reduction, check_positive
+from anomalib_fractalad.models.components import ImageScore, Reduction, check_count, check_not_negative, check_positive
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import cosine_decay, scheduled
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
@@ -93,12 +93,11 @@ class FractalAD(OneClassModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_positive(learning_rate=learning_rate, epochs=epochs)
+        check_positive(learning_rate=learning_rate)
+        check_count(epochs=epochs)
         if weight_decay is None:
             weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
-        if weight_decay < 0:
-            msg = f"weight_decay is {weight_decay}; it must be 0 or more"
-            raise ValueError(msg)
+        check_not_negative(weight_decay=weight_decay)
         weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,

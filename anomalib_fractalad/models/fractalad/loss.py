@@ -10,17 +10,17 @@ from anomalib_fractalad.models.components import at_least_float32, cosine_distan
 
 
 class DistillationLoss(nn.Module):
-    """Sum over stages of the mean of 1 - cos(teacher, student) over positions."""
+    """Sum over levels of the mean of 1 - cos(teacher, student) over positions."""
 
     def forward(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
         """Compare features of normal images.
 
         Args:
-            teacher: (B, C_i, H_i, W_i) for each stage.
+            teacher: (B, C_i, H_i, W_i) for each level.
             student: The same shapes.
 
         Returns:
-            A scalar in [0, 2 x stages].
+            A scalar in [0, 2 x levels].
         """
         return sum(cosine_distance(t, s).mean() for t, s in zip(teacher, student, strict=True))  # type: ignore[return-value]
 

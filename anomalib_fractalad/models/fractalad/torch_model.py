@@ -119,38 +119,38 @@ def cosine_similarity_attention(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class SegmentationHead(nn.Module):
-    """Semantic flow network (SFNet, Li et al., ECCV 2020): one logit map from the maps of several stages.
+    """Semantic flow network (SFNet, Li et al., ECCV 2020): one logit map from the maps of several levels.
 
     Args:
-        channels: Channels of each stage, from the finest to the coarsest.
+        channels: Channels of each level, from the finest to the coarsest.
         width: Channels inside the head.
     """
 
     def __init__(self, channels: Sequence[int], width: int = 64) -> None:
         super().__init__()
-        finer_stages = len(channels) - 1
-        self.lateral = nn.ModuleList(_conv_norm_relu(stage, width, kernel_size=1) for stage in channels)
-        self.align = nn.ModuleList(FlowAlignment(width) for _ in range(finer_stages))
-        self.smooth = nn.ModuleList(_conv_norm_relu(width, width, kernel_size=3) for _ in range(finer_stages))
+        finer_levels = len(channels) - 1
+        self.lateral = nn.ModuleList(_conv_norm_relu(level, width, kernel_size=1) for level in channels)
+        self.align = nn.ModuleList(FlowAlignment(width) for _ in range(finer_levels))
+        self.smooth = nn.ModuleList(_conv_norm_relu(width, width, kernel_size=3) for _ in range(finer_levels))
         self.fuse = _conv_norm_relu(len(channels) * width, width, kernel_size=3)
         self.classify = nn.Conv2d(width, 1, kernel_size=3, padding=1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Fuse the stages from the coarsest to the finest and segment.
+        """Fuse the levels from the coarsest to the finest and segment.
 
         Args:
-            features: (B, C_i, H_i, W_i) for each stage, from the finest to the coarsest.
+            features: (B, C_i, H_i, W_i) for each level, from the finest to the coarsest.
             size: Height and width of the logits.
 
         Returns:
             Logits (B, 1, *size).
         """
-        pyramid = [lateral(stage) for lateral, stage in zip(self.lateral, features, strict=True)]
+        pyramid = [lateral(level) for lateral, level in zip(self.lateral, features, strict=True)]
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = self.smooth[i](pyramid[i] + self.align[i](pyramid[i], pyramid[i + 1]))
         finest = pyramid[0].shape[-2:]
-        fused = self.fuse(torch.cat([_resize(stage, finest) for stage in pyramid], dim=1))
+        fused = self.fuse(torch.cat([_resize(level, finest) for level in pyramid], dim=1))
         return upsample(self.classify(fused), size)
 
 
