@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hours of training, prediction and export in one process: do memory and open files level off?
 
-Run as ``python -m anomalib_fractalad.benchmark.soak --minutes 60 --output results/soak``.
+Run as ``python benchmarks/soak.py --minutes 60 --output results/soak``.
 """
 
 import csv
 import gc
-import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
-import torch
+import psutil
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.models import get_model
@@ -21,7 +19,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from matplotlib.figure import Figure
 
-from anomalib_fractalad.benchmark.measure import working_directory
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, trusted_files, working_directory
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.models.components import DistillationModule
 from anomalib_fractalad.registration import MODELS
@@ -63,8 +61,6 @@ def soak(
     Returns:
         Whether all is level.
     """
-    torch.set_num_threads(threads)
-    os.environ["TRUST_REMOTE_CODE"] = "1"  # the torch exports are written and read here
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     datamodule = SurfaceDefects(output / "data", "metal_plate", num_workers=num_workers)
@@ -75,7 +71,12 @@ def soak(
         while len(rows) < 2 or time.monotonic() - start < 60 * minutes:
             for name in MODELS:
                 seed_everything(len(rows))
-                with TemporaryDirectory() as folder, working_directory(Path(folder)):
+                with (
+                    TemporaryDirectory() as folder,
+                    working_directory(Path(folder)),
+                    trusted_files(),
+                    cpu_threads(threads),
+                ):
                     _use(name, backbone, image_size, datamodule, Path(folder))
             rows.append({"round": len(rows) + 1, "minutes": (time.monotonic() - start) / 60, **resources()})
             writer.writerow(rows[-1])
