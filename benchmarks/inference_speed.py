@@ -5,7 +5,8 @@ Run as ``python benchmarks/inference_speed.py``.
 """
 
 import statistics
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -21,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
-from anomalib_fractalad.benchmark.exports import as_input, export, load, seconds_each
+from anomalib_fractalad.benchmark.exports import Inferencer, as_input, export, load, seconds_each
 from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.registration import MODELS
 
-CALIBRATION_IMAGES = 8  # which ones, and how many, does not change the time
+CALIBRATION_IMAGES = 2  # which ones, and how many, does not change the time
 
 
 def inference_speed(
@@ -38,12 +39,13 @@ def inference_speed(
     arguments: dict[str, dict[str, Any]] | None = None,
     memory_items: int = 10_000,
     sizes: dict[str, int] | None = None,
+    cpu_time: bool = False,
 ) -> dict[str, float]:
     """Print the median latency of one image in memory, with pre- and post-processing, and ratios.
 
     Weights are random: they do not change the time. PatchCore has a WideResNet-50 unless told otherwise. Every model is
-    exported in the same way for every runtime: openvino_fp32 computes in FP32, openvino_fp16 in what OpenVINO chooses:
-    bfloat16 where the processor can. Predictions are interleaved. Ratios are between models in one runtime.
+    exported in the same way: openvino_fp32 computes in FP32, openvino_fp16 in what OpenVINO chooses. Predictions are
+    interleaved. Ratios are between models in one runtime.
 
     Args:
         backbone: Name of a timm model, for the package's models.
@@ -55,40 +57,50 @@ def inference_speed(
         arguments: Further arguments of models, by the model's name, such as {"AAND": {"strides": [8, 16]}}.
         memory_items: Size of PatchCore's memory.
         sizes: Height and width of the image for single models, by the model's name.
+        cpu_time: Tell CPU time in place of latency: for a machine that is busy with other work.
 
     Returns:
-        Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it, to
-        be compared with the rate of a large matrix product.
+        Median seconds by model and runtime. Printed beside them: the network's work, and the rate that comes of it.
 
     Raises:
-        ValueError: If arguments or sizes are given for a model that is not timed, a size or the memory is 0 or less, or
-            a runtime is unknown.
+        ValueError: If an argument is for no timed model, or is out of range.
     """
     arguments, sizes = arguments or {}, sizes or {}
     _check(models, runtimes, {"memory_items": memory_items, "image_size": image_size, **sizes}, arguments, sizes)
     with quiet("anomalib", "nncf", "torch.onnx"), cpu_threads(threads), TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        inferencers, images, flops = {}, {}, {}
+        timed: dict[tuple[str, str], tuple[Any, Any]] = {}
+        flops = {}
         for name in models:
             size = sizes.get(name, image_size)
             model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
-            flops[name], image = _gigaflops(model, size), torch.rand(3, size, size)
-            calibration = [torch.rand(1, 3, size, size).numpy() for _ in range(CALIBRATION_IMAGES)]
+            flops[name] = _gigaflops(model, size)
             for runtime in runtimes:
-                file = export(model, runtime, Path(folder) / name, (size, size), calibration)
-                inferencers[name, runtime] = load(file, runtime, threads=threads)
-                images[name, runtime] = as_input(image, runtime)
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in inferencers}
-        for _ in range(repetitions):
-            for key, inferencer in inferencers.items():
-                seconds[key] += seconds_each(inferencer, [images[key]] * 2)
+                timed[name, runtime] = _load(model, runtime, Path(folder) / name, size, threads)
+        seconds = _interleaved(timed, repetitions, time.process_time if cpu_time else time.perf_counter)
     medians = {key: statistics.median(times) for key, times in seconds.items()}
-    print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s)")
+    print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s){', CPU time' * cpu_time}")
     for name, size in sizes.items():
         print(f"{name} has one of {size} x {size}")
-    print(f"a large matrix product in FP32 reaches {_matrix_rate(threads):.0f} GFLOP/s")
-    _print_table(medians, flops, models[0])
+    _print_table(medians, flops, models[0], threads)
     return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
+
+
+def _load(model: AnomalibModule, runtime: str, folder: Path, size: int, threads: int) -> tuple[Inferencer, Any]:
+    """An exported model, and an image as it takes one."""
+    calibration = [torch.rand(1, 3, size, size).numpy() for _ in range(CALIBRATION_IMAGES)]
+    file = export(model, runtime, folder, (size, size), calibration)
+    return load(file, runtime, threads=threads), as_input(torch.rand(3, size, size), runtime)
+
+
+def _interleaved(
+    timed: Mapping[tuple[str, str], tuple[Inferencer, Any]], repetitions: int, clock: Callable[[], float]
+) -> dict[tuple[str, str], list[float]]:
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timed}
+    for _ in range(repetitions):
+        for key, (inferencer, image) in timed.items():
+            seconds[key] += seconds_each(inferencer, [image, image], clock)
+    return seconds
 
 
 def _check(
@@ -111,7 +123,10 @@ def _check(
             raise ValueError(msg)
 
 
-def _print_table(medians: Mapping[tuple[str, str], float], flops: Mapping[str, float], first: str) -> None:
+def _print_table(
+    medians: Mapping[tuple[str, str], float], flops: Mapping[str, float], first: str, threads: int
+) -> None:
+    print(f"a large matrix product in FP32 reaches {_matrix_rate(threads):.0f} GFLOP/s")
     for (name, runtime), median in medians.items():
         rate = flops[name] / median
         print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.1f} GFLOP {rate:7.0f} GFLOP/s", end="")

@@ -43,12 +43,10 @@ def soak(
     """Train, test, predict and export the three models in turn until the time is up; then say whether resources grow.
 
     A round is one epoch of each model on SurfaceDefects, test and prediction of its test images, export to torch, ONNX
-    and OpenVINO, and a prediction by each exported model. After each round, and a garbage collection, a row is
-    added to OUTPUT/soak.csv: resident memory of the process, open file descriptors, threads, and child processes.
-    OUTPUT/soak.png shows the rows.
+    and OpenVINO, and a prediction by each exported model. After each round and a garbage collection, a row of resources
+    is added to OUTPUT/soak.csv. OUTPUT/soak.png shows the rows.
 
-    The verdict rests on straight lines (least squares) through the later half of the rounds: level means that memory
-    rises by less than 3 % along its line, and that open files, threads and child processes each rise by less than one.
+    The verdict rests on straight lines through the later half of the rounds: see :func:`verdict`.
 
     Args:
         minutes: Minutes after which no other round begins; two rounds are always run.

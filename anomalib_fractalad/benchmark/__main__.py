@@ -47,8 +47,7 @@ def benchmark(
         seeds: Seeds of the random numbers; the report gives mean and standard deviation over them.
         output: Folder of the results; trained models lie in jobs/*/model.ckpt and may be deleted.
         image_size: Height and width that every model resizes to. Left out, each model has its own.
-        accelerator: Where models are trained and where the runtime torch runs: auto, cpu, gpu. OpenVINO runs on
-            the CPU.
+        accelerator: Where models are trained and where torch is timed: auto, cpu, gpu. OpenVINO runs on the CPU.
         threads: CPU threads of training and inference. Left out, torch and OpenVINO choose.
         runtimes: Where inference is timed: torch, openvino_fp32, openvino_fp16, openvino_int8.
         repetitions: Timed predictions of one image.

@@ -39,8 +39,7 @@ def run_in_process(
         show: Called with the stage of the job, and how far it is, whenever that changes.
         tell: Called with a line where the job goes on from an earlier call.
     """
-    record.clear()
-    record.save(job=str(job), spec=job.spec, measuring=job.measuring, status="running", stage="starting")
+    begin(job, record)
     log = record.file.with_suffix(".log")
     command = [sys.executable, "-m", WORKER, str(record.file), str(os.getpid())]
     with log.open("w") as output:
@@ -57,6 +56,17 @@ def run_in_process(
         record.save(status="failed", killed=process.returncode < 0, reason=_fate(process.returncode, record, words))
     else:
         _note_time_out(record, time_limit)
+
+
+def begin(job: Job, record: Record) -> None:
+    """Prepare a record for its job to be run, keeping what the job can go on from.
+
+    Args:
+        job: The job.
+        record: Its record.
+    """
+    record.clear()
+    record.save(job=str(job), spec=job.spec, measuring=job.measuring, status="running", stage="starting")
 
 
 class _Teller:

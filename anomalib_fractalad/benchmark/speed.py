@@ -31,9 +31,7 @@ def speed(
     root: Path,
     scores: Sequence[Score],
 ) -> dict[str, Any]:
-    """Export a model for a runtime, and time it there from an image in memory to score and map.
-
-    Every model, in every runtime, has images of the size that it resizes to.
+    """Export a model for a runtime, and time it from an image in memory, of the size it resizes to, to score and map.
 
     Args:
         model: A trained model.
@@ -50,7 +48,7 @@ def speed(
         once and, for OpenVINO, the precision that it computes in and the image AUROC.
 
     Raises:
-        ValueError: If the model sees images of several sizes, which one export cannot take.
+        ValueError: If the model sees images of several sizes.
     """
     test_data = datamodule.test_data
     images = [_image(model, test_data, i) for i in range(min(IMAGES_AT_ONCE, len(test_data)))]
@@ -64,11 +62,7 @@ def speed(
         result["device"] = device
     else:
         result["precision"] = inferencer.model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        found = []
-        for i in range(len(test_data)):
-            image = _of_size(_image(model, test_data, i), (height, width), test_data.samples.image_path[i])
-            found.append(float(np.asarray(inferencer.predict(as_input(image, runtime)).pred_score).item()))
-        result["image_AUROC"] = auroc(list(test_data.samples.label_index), found)
+        result["image_AUROC"] = _exported_auroc(model, test_data, inferencer, (height, width))
     inputs = [as_input(_of_size(image, (height, width)), runtime) for image in images]
     seconds = seconds_each(inferencer, islice(cycle(inputs), repetitions + 1))
     at_once = list(islice(cycle(inputs), IMAGES_AT_ONCE))
@@ -78,6 +72,14 @@ def speed(
         "latency_90_ms": 1e3 * float(np.quantile(seconds, 0.9)),
         "images_per_second": images_per_second(inferencer, at_once, repetitions // IMAGES_AT_ONCE + 1),
     }
+
+
+def _exported_auroc(model: AnomalibModule, test_data: Any, inferencer: Any, size: tuple[int, int]) -> float:
+    scores = []
+    for i, path in enumerate(test_data.samples.image_path):
+        image = as_input(_of_size(_image(model, test_data, i), size, path), "openvino")
+        scores.append(float(np.asarray(inferencer.predict(image).pred_score).item()))
+    return auroc(list(test_data.samples.label_index), scores)
 
 
 def _image(model: AnomalibModule, test_data: Any, index: int) -> Tensor:

@@ -22,12 +22,13 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_fractalad import FractalAD
+from anomalib_fractalad.benchmark import worker
 from anomalib_fractalad.benchmark.__main__ import benchmark
-from anomalib_fractalad.benchmark.config import RUNTIMES, Settings, make_jobs
+from anomalib_fractalad.benchmark.config import RUNTIMES, Job, Settings, make_jobs
 from anomalib_fractalad.benchmark.fit import CannotResumeError, FitMeter, build, fit
 from anomalib_fractalad.benchmark.quality import ScoreCollector, defect_auroc, evaluate
-from anomalib_fractalad.benchmark.record import is_missing, record_of
-from anomalib_fractalad.benchmark.runner import run_in_process
+from anomalib_fractalad.benchmark.record import Record, is_missing, record_of
+from anomalib_fractalad.benchmark.runner import begin, run_in_process
 from anomalib_fractalad.benchmark.speed import nothing_clamped
 
 PADIM = {
@@ -50,8 +51,17 @@ def folder(root: Path) -> dict[str, Any]:
 
 
 def run(output: Path, models: list[Any], root: Path, **arguments: Any) -> Path:
+    """The command, its jobs in this process: to import anomalib once for each would take a minute."""
     defaults = {"accelerator": "cpu", "image_size": (64, 64), "threads": 1, "repetitions": 3, "sheet_images": 3}
-    return benchmark(models, [folder(root)], output=output, **{**defaults, **arguments})
+
+    def run_here(job: Job, record: Record, *_: Any) -> None:
+        begin(job, record)
+        worker.main(record.file)
+        record.read()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anomalib_fractalad.benchmark.__main__.run_in_process", run_here)
+        return benchmark(models, [folder(root)], output=output, **{**defaults, **arguments})
 
 
 def read_results(output: Path) -> pd.DataFrame:
@@ -191,13 +201,17 @@ def test_every_model_has_the_same_images(normal_test_dir: str | None, tile_root:
     assert any(division != divisions[0] for division in divisions)
 
 
-def test_data_without_masks(tile_root: Path, tmp_path: Path) -> None:
-    data = folder(tile_root)
-    data["init_args"]["mask_dir"] = None
-    arguments = {"accelerator": "cpu", "image_size": (64, 64), "threads": 1, "repetitions": 1, "runtimes": ["torch"]}
-    arguments |= {"seeds": [0, 1]}
+def test_data_without_masks(tile_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = folder
+
+    def without_masks(root: Path) -> dict[str, Any]:
+        data = plain(root)
+        data["init_args"]["mask_dir"] = None
+        return data
+
+    monkeypatch.setitem(globals(), "folder", without_masks)
     epoch = {name: FRACTALAD[name] for name in ("class_path", "init_args")} | {"epochs": 1}
-    report = benchmark([epoch], [data], output=tmp_path, **arguments).read_text()  # type: ignore[arg-type, list-item]
+    report = run(tmp_path, [epoch], tile_root, repetitions=1, runtimes=["torch"], seeds=[0, 1]).read_text()
     results = pd.read_csv(tmp_path / "results.csv")
     assert (results.status == "done").all()
     assert results.seed.tolist() == [0, 1]
@@ -213,12 +227,17 @@ def test_data_without_masks(tile_root: Path, tmp_path: Path) -> None:
 
 
 def test_running_out_of_time(tile_root: Path, tmp_path: Path) -> None:
-    run(tmp_path, [EFFICIENTAD, PADIM], tile_root, time_limit=0.01)
-    results = pd.read_csv(tmp_path / "results.csv")
-    assert list(results.status) == ["timed out", "timed out"]
-    assert results.reason.str.startswith("ran out of time: 0.01 s were over in the stage 'starting'").all()
-    run(tmp_path, [EFFICIENTAD], tile_root, retry=True)
-    assert list(pd.read_csv(tmp_path / "results.csv").status) == ["failed"]
+    settings = Settings(image_size=(64, 64), accelerator="cpu")
+    (job,) = make_jobs([EFFICIENTAD], [folder(tile_root)], [0], settings)  # type: ignore[list-item]
+    record = record_of(job, tmp_path)
+    run_in_process(job, record, time_limit=0.01)
+    assert record.content["status"] == "timed out"
+    assert record.content["reason"] == "ran out of time: 0.01 s were over in the stage 'starting'"
+    assert not is_missing(job, record)
+    assert is_missing(job, record, retry=True)
+    run_in_process(job, record)
+    assert record.content["status"] == "failed"
+    assert "give init_args.imagenet_dir a folder" in record.content["reason"]
 
 
 def test_a_training_that_was_interrupted_goes_on(
@@ -282,9 +301,15 @@ def test_a_crash_within_the_training_of_an_anomalib_model(tile_root: Path, tmp_p
         fit(*build(job.spec, tmp_path), job.spec, tmp_path, checkpoint, FitMeter(print))
 
 
-def test_killing_the_command_ends_its_job(tile_root: Path, tmp_path: Path) -> None:
-    arguments = ["--models", json.dumps([PADIM]), "--data", json.dumps([folder(tile_root)]), "--output", str(tmp_path)]
-    command = subprocess.Popen([sys.executable, "-m", "anomalib_fractalad.benchmark", *arguments])
+def test_killing_the_command_ends_its_job(tmp_path: Path) -> None:
+    script = """if True:
+        from pathlib import Path
+        from anomalib_fractalad.benchmark.config import Job
+        from anomalib_fractalad.benchmark.record import Record
+        from anomalib_fractalad.benchmark.runner import run_in_process
+        run_in_process(Job("m", "d", 0, {"model": {"init_args": {}}}), Record(Path("record.json")))
+    """
+    command = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     try:
         while not (jobs := psutil.Process(command.pid).children()):
             assert command.poll() is None

@@ -57,10 +57,3 @@ def test_a_defect_lies_in_its_mask(kind: str, image: Tensor) -> None:
 def test_mistakes(image: Tensor, severity: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DEFECTS["bright"](image, severity)
-
-
-def test_a_plain_image_shows_no_scar() -> None:
-    image = torch.full((3, 64, 64), 0.5)
-    defective, mask = DEFECTS["scar"](image)
-    assert not mask.any()
-    torch.testing.assert_close(defective, image, atol=2 / 255, rtol=0)
