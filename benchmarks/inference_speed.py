@@ -68,22 +68,38 @@ def inference_speed(
     arguments, sizes = arguments or {}, sizes or {}
     _check(models, runtimes, {"memory_items": memory_items, "image_size": image_size, **sizes}, arguments, sizes)
     with quiet("anomalib", "nncf", "torch.onnx"), cpu_threads(threads), TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        timed: dict[tuple[str, str], tuple[Any, Any]] = {}
-        flops = {}
-        for name in models:
-            size = sizes.get(name, image_size)
-            model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
-            flops[name] = _gigaflops(model, size)
-            for runtime in runtimes:
-                timed[name, runtime] = _load(model, runtime, Path(folder) / name, size, threads)
+        timed, flops = _prepare(backbone, models, runtimes, arguments, memory_items, sizes, image_size, threads, folder)
         seconds = _interleaved(timed, repetitions, time.process_time if cpu_time else time.perf_counter)
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     print(f"{backbone}, one image of {image_size} x {image_size}, {threads} CPU thread(s){', CPU time' * cpu_time}")
     for name, size in sizes.items():
         print(f"{name} has one of {size} x {size}")
-    _print_table(medians, flops, models[0], threads)
+    print(f"a large matrix product in FP32 reaches {_matrix_rate(threads):.0f} GFLOP/s")
+    _print_table(medians, flops, models[0])
     return {f"{name} {runtime}": median for (name, runtime), median in medians.items()}
+
+
+def _prepare(
+    backbone: str,
+    models: Collection[str],
+    runtimes: Collection[str],
+    arguments: Mapping[str, dict[str, Any]],
+    memory_items: int,
+    sizes: Mapping[str, int],
+    image_size: int,
+    threads: int,
+    folder: str,
+) -> tuple[dict[tuple[str, str], tuple[Inferencer, Any]], dict[str, float]]:
+    """An inferencer and an image for each model and runtime, and each model's work."""
+    torch.manual_seed(0)
+    timed, flops = {}, {}
+    for name in models:
+        size = sizes.get(name, image_size)
+        model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
+        flops[name] = _gigaflops(model, size)
+        for runtime in runtimes:
+            timed[name, runtime] = _load(model, runtime, Path(folder) / name, size, threads)
+    return timed, flops
 
 
 def _load(model: AnomalibModule, runtime: str, folder: Path, size: int, threads: int) -> tuple[Inferencer, Any]:

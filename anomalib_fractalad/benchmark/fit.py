@@ -269,7 +269,7 @@ def _every_epoch(checkpoint: Path) -> ModelCheckpoint:
     )
 
 
-def _length(spec: dict[str, Any]) -> dict[str, int]:
+def _length(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["epochs"] is not None:
         return {"max_epochs": spec["epochs"]}
     return {} if spec["steps"] is None else {"max_epochs": -1, "max_steps": spec["steps"]}

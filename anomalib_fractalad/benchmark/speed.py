@@ -44,8 +44,7 @@ def speed(
         scores: The test images' scores as the network gives them.
 
     Returns:
-        Size of the files in MiB, median and 90 % quantile of one image's latency in ms, images per second eight at
-        once and, for OpenVINO, the precision that it computes in and the image AUROC.
+        Size of the files, latency, throughput and, for OpenVINO, the precision that it computes in and image AUROC.
 
     Raises:
         ValueError: If the model sees images of several sizes.
