@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_fractalad import AAND
 from anomalib_fractalad.models.aand.torch_model import distance_map
+from anomalib_fractalad.models.components import AlignedUpsample
 
 VISIBLE = 2 / 255
 
@@ -64,7 +65,8 @@ def table_row(values: list[list[float]]) -> str:
 def maps(model: torch.nn.Module, stages: list[tuple[Tensor, Tensor]], strides: list[int] | None, size: int) -> Tensor:
     """Anomaly maps of a model's stages."""
     teacher, student = zip(*stages, strict=True)
-    return model.smooth(distance_map(teacher, student, (size, size), strides))
+    upsample = [AlignedUpsample(stride) for stride in strides or len(stages) * [None]]
+    return model.smooth(distance_map(teacher, student, (size, size), upsample))
 
 
 if __name__ == "__main__":

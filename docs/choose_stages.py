@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_fractalad import AAND, FractalAnomalyGenerator
 from anomalib_fractalad.models.aand.torch_model import distance_map
+from anomalib_fractalad.models.components import AlignedUpsample
 
 FAINT = 0.4
 
@@ -80,7 +81,7 @@ def features(model: torch.nn.Module, images: Tensor) -> list[tuple[Tensor, Tenso
 def scores(model: torch.nn.Module, stages: list[tuple[Tensor, Tensor]], chosen: tuple[int, ...], size: int) -> Tensor:
     """Image scores by the chosen stages."""
     teacher, student = zip(*(stages[i] for i in chosen), strict=True)
-    return model.score(model.smooth(distance_map(teacher, student, (size, size))))
+    return model.score(model.smooth(distance_map(teacher, student, (size, size), len(chosen) * [AlignedUpsample()])))
 
 
 def auroc(normal: Tensor, anomalous: Tensor) -> float:
