@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anomalib_fractalad import AAND
 from anomalib_fractalad.models.aand.torch_model import distance_map
+from anomalib_fractalad.models.components import AlignedUpsample
 
 
 def choose_stages(
@@ -53,13 +54,14 @@ def choose_stages(
 @torch.inference_mode()
 def predict(network: torch.nn.Module, chosen: tuple[int, ...], alignment: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """Maps and scores by the chosen stages."""
-    strides = [network.teacher.strides[i] for i in chosen] if alignment == "centres" else None
+    strides = [network.teacher.strides[i] if alignment == "centres" else None for i in chosen]
+    upsample = [AlignedUpsample(stride) for stride in strides]
     maps = []
     for batch in images.split(16):
         teacher = network.advanced_teacher(batch)
         student = network.student(teacher)
         stages = ([features[i] for i in chosen] for features in (teacher, student))
-        maps.append(network.smooth(distance_map(*stages, images.shape[-2:], strides)))
+        maps.append(network.smooth(distance_map(*stages, images.shape[-2:], upsample)))
     together = torch.cat(maps)
     return together, network.score(together).flatten()
 

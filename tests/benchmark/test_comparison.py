@@ -333,6 +333,7 @@ def test_metrics_are_of_raw_maps(first: First, tile_root: Path, tmp_path: Path) 
     assert model.post_processor is post_processor
 
     images = [data.test_data[i] for i in range(len(data.test_data))]
+    model.eval()
     with torch.no_grad():
         raw = [model.model(model.pre_processor(image.image.unsqueeze(0))) for image in images]
     maps = torch.cat([found.anomaly_map.squeeze(1) for found in raw])

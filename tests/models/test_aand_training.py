@@ -355,7 +355,7 @@ def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:
 def test_choices_of_the_network_reach_it() -> None:
     model = small_model(amplifier_width=5, strides=[8, 16], alignment="centres", fine_embedding=True, split=(1, 1))
     assert [amplifier.gate.query[0].out_channels for amplifier in model.model.amplifiers] == [5, 5]
-    assert model.model.centre_strides == (8, 16)
+    assert [upsample.stride for upsample in model.model.upsample] == [8, 16]
     assert isinstance(model.model.student, SmallStudent)
     assert model.model.student.embed[0][0].stride == (1, 1)
     assert (model.hparams["amplifier_width"], model.hparams["fine_embedding"]) == (5, True)

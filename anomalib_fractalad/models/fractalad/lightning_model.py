@@ -68,6 +68,8 @@ class FractalAD(DistillationModule, AnomalibModule):
 
     model: FractalADModel
 
+    takes_any_size = True
+
     def __init__(
         self,
         backbone: str = "resnet18",
