@@ -4,8 +4,10 @@
 python examples/openvino_folder.py --model results/weights/openvino/model.xml --images path/to/images
 """
 
+import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from anomalib.data.utils import get_image_filenames, read_image
@@ -21,13 +23,22 @@ def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device:
     Args:
         model: The exported model (.xml).
         images: An image, or a folder that is searched for images.
-        output: Folder of the heat maps, in the layout of the images' folder.
+        output: Folder of the heat maps, in the layout of the images' folder; its own images are not inspected. The heat
+            map of part.jpg is part.jpg.png.
         device: OpenVINO device.
+
+    Raises:
+        ValueError: If the images lie in the folder of the heat maps.
     """
-    # On processors with bfloat16, OpenVINO would compute in it, and scores would differ from those in training.
-    inferencer = OpenVINOInferencer(model, device, config={"INFERENCE_PRECISION_HINT": "f32"})
-    images = images.resolve()
+    images, output = images.resolve(), output.resolve()
+    if images.is_relative_to(output):
+        msg = f"the images, {images}, lie in {output}, the folder of the heat maps: choose another with --output"
+        raise ValueError(msg)
+    root = images if images.is_dir() else images.parent
+    inferencer = load(model.resolve(), device)
     for path in get_image_filenames(images):
+        if path.is_relative_to(output):
+            continue
         try:
             pixels = read_image(path)
         except OSError as error:
@@ -37,11 +48,28 @@ def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device:
         score, anomalous = prediction.pred_score.item(), prediction.pred_label.item()
         print(f"{score:.3f}  {'anomalous' if anomalous else 'normal   '}  {path}")
 
-        picture = Image.fromarray((255 * pixels).round().astype(np.uint8))
-        heat_map = visualize_anomaly_map(np.squeeze(prediction.anomaly_map)).resize(picture.size)
-        file = output / path.relative_to(images if images.is_dir() else images.parent).with_suffix(".png")
+        image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+        heat_map = visualize_anomaly_map(np.squeeze(prediction.anomaly_map)).resize(image.size)
+        file = output / path.relative_to(root).with_name(f"{path.name}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
-        overlay_images(picture, heat_map).save(file)
+        overlay_images(image, heat_map).save(file)
+
+
+def load(model: Path, device: str) -> OpenVINOInferencer:
+    """Load a model; what anomalib caches of it goes to a temporary folder, not to the current one.
+
+    Args:
+        model: The exported model (.xml), an absolute path.
+        device: OpenVINO device.
+    """
+    before = Path.cwd()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chdir(folder)
+        try:
+            # On processors with bfloat16, OpenVINO would compute in it, and scores would differ from those in training.
+            return OpenVINOInferencer(model, device, config={"INFERENCE_PRECISION_HINT": "f32"})
+        finally:
+            os.chdir(before)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python examples/train_predict_export.py --backbone resnet18 --epochs 20
 
 from pathlib import Path
 
-from anomalib.deploy import ExportType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from jsonargparse import auto_cli
 from lightning import seed_everything
@@ -22,6 +22,7 @@ def train_predict_export(
     data_root: Path = Path("datasets/SurfaceDefects"),
     results: Path = Path("results"),
     seed: int = 0,
+    int8: bool = False,
 ) -> Path:
     """Train, test, predict and export.
 
@@ -33,6 +34,7 @@ def train_predict_export(
         data_root: Where the data set lies or is made.
         results: Where checkpoints, pictures and the exported model go.
         seed: Seed of the random numbers.
+        int8: Quantize the exported model to INT8, calibrated with training images.
 
     Returns:
         The exported OpenVINO model.
@@ -48,7 +50,13 @@ def train_predict_export(
         for image in batch:
             print(f"{image.pred_score:.3f}  {'anomalous' if image.pred_label else 'normal   '}  {image.image_path}")
 
-    exported = engine.export(model, ExportType.OPENVINO, export_root=results)
+    exported = engine.export(
+        model,
+        ExportType.OPENVINO,
+        export_root=results,
+        compression_type=CompressionType.INT8_PTQ if int8 else None,
+        datamodule=datamodule,
+    )
     print(f"OpenVINO model: {exported}")
     return Path(str(exported))
 

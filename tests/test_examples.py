@@ -41,6 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
         epochs=1,
         data_root=data_root,
         results=results,
+        int8=True,
     )
     assert exported == results / "weights" / "openvino" / "model.xml"
     return results
@@ -70,36 +71,29 @@ def test_train_predict_export(results: Path) -> None:
 
 def test_openvino_folder(
     results: Path,
-    data_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    images = data_root / CATEGORY / "test" / "scratch"
-    load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=images)
-    count = len(list(images.glob("*.png")))
-    assert len(capsys.readouterr().out.strip().splitlines()) == count
-    heat_maps = sorted((tmp_path / "heat_maps").glob("*.png"))
-    assert len(heat_maps) == count
-    assert Image.open(heat_maps[0]).size == (256, 256)
-
-
-def test_openvino_folder_skips_what_cannot_be_read(
-    results: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
+    """Each image has a heat map of its own, and what cannot be read, or is a heat map, is passed over."""
     good, bad = make_odd_pictures(tmp_path / ODD_FOLDER)
-    load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=tmp_path / ODD_FOLDER)
-    printed = capsys.readouterr()
-    assert [line.partition("  ")[2].split("  ")[-1].strip() for line in printed.out.splitlines()] == [
-        str(path) for path in sorted(good)
-    ]
-    assert all(f"skipped: {path}" in printed.err for path in bad)
-    assert {path.stem for path in (tmp_path / "heat_maps").iterdir()} == {path.stem for path in good}
+    for suffix in (".bmp", ".jpg"):  # names that differ by their endings alone
+        good.append((tmp_path / ODD_FOLDER / "gray.png").with_suffix(suffix))
+        Image.new("RGB", (48, 32)).save(good[-1])
+    monkeypatch.chdir(tmp_path / ODD_FOLDER)
+    before = set(Path().iterdir())
+    for _ in range(2):
+        load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=Path())
+        printed = capsys.readouterr()
+        assert [line.partition("  ")[2].split("  ")[-1].strip() for line in printed.out.splitlines()] == [
+            str(path) for path in sorted(good)
+        ]
+        assert all(f"skipped: {path}" in printed.err for path in bad)
+    assert set(Path().iterdir()) - before == {Path("heat_maps")}
+    assert {path.name for path in Path("heat_maps").iterdir()} == {f"{path.name}.png" for path in good}
+    assert Image.open("heat_maps/gray.bmp.png").size == (48, 32)
+    with pytest.raises(ValueError, match=r"lie in .*heat_maps, the folder of the heat maps: choose another"):
+        load("openvino_folder").inspect(model=results / "weights/openvino/model.xml", images=Path("heat_maps"))
 
 
 def test_heat_map_sheet(results: Path, data_root: Path, tmp_path: Path) -> None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of models, and measurements of speed."""
+"""Comparison of models side by side: quality, cost and speed."""

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict, get_args
 
+from anomalib_fractalad.benchmark.provenance import package_digest, source_digest, versions
+
 RUNTIMES = ("torch", "openvino_fp32", "openvino_fp16", "openvino_int8")
-RUNTIME_PACKAGES = {"torch": ("torch",), "openvino_int8": ("openvino", "nncf")}
 TEXTURE_ARGUMENTS = ("dtd_dir", "anomaly_source_path")
 
 
@@ -100,7 +100,7 @@ class Job:
         model: Name of the model in the report.
         data: Name of the data in the report.
         seed: Seed of the random numbers.
-        spec: All that the trained model and its quality depend on, as plain data.
+        spec: All that the trained model and its quality depend on, code included, as plain data.
         measuring: How it is measured: runtimes, repetitions and images on the sheet, as plain data.
         arguments: Arguments given to the model.
         notes: What the report has to say about the model.
@@ -152,18 +152,7 @@ def make_jobs(
     resolved_data = [_data(entry, f"data[{i}]") for i, entry in enumerate(data)]
     _check_unique("models", [name for name, *_ in resolved_models], "give each a name of its own")
     _check_unique("data", [name for name, _ in resolved_data], "give each a name of its own")
-    device = _device(settings.accelerator)
-    versions = {
-        package: version(package) for package in ("anomalib-fractalad", "anomalib", "torch", "lightning", "timm")
-    }
-    common = {
-        "image_size": settings.image_size,
-        "accelerator": settings.accelerator,
-        "device": device,
-        "threads": settings.threads,
-        "versions": versions,
-    }
-    measuring = {name: asdict(settings)[name] for name in ("runtimes", "repetitions", "sheet_images")}
+    common, measuring = _common(settings)
     return [
         Job(
             model_name,
@@ -181,9 +170,17 @@ def make_jobs(
     ]
 
 
-def runtime_version(runtime: str) -> str:
-    """Names and versions of the packages that a member of :data:`RUNTIMES` is measured with."""
-    return ", ".join(f"{package} {version(package)}" for package in RUNTIME_PACKAGES.get(runtime, ("openvino",)))
+def _common(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the results of all jobs depend on, the code included, and how they are measured."""
+    common = {
+        "image_size": settings.image_size,
+        "accelerator": settings.accelerator,
+        "device": _device(settings.accelerator),
+        "threads": settings.threads,
+        "versions": versions(),
+        "code": package_digest(),
+    }
+    return common, {name: asdict(settings)[name] for name in ("runtimes", "repetitions", "sheet_images")}
 
 
 def _device(accelerator: str) -> str | None:
@@ -227,7 +224,8 @@ def _model(entry: ModelEntry, place: str) -> tuple[str, dict[str, Any], dict[str
         raise ValueError(msg)
     arguments = entry.get("init_args", {})
     notes = _textures(arguments, spec["init_args"], place)
-    return entry.get("name", model_class.__name__), {"model": spec, **budget, "precision": precision}, arguments, notes
+    described = {"model": spec, **budget, "precision": precision}
+    return entry.get("name", model_class.__name__), described, arguments, notes
 
 
 def _data(entry: DataEntry, place: str) -> tuple[str, dict[str, Any]]:
@@ -263,7 +261,10 @@ def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, 
         raise ValueError(msg) from None
     # jsonargparse's own dump makes text of a list where text is allowed, too.
     spec = _as_plain_data(config.entry.as_dict())
-    return import_class(spec["class_path"]), {"class_path": spec["class_path"], "init_args": spec.get("init_args", {})}
+    found = import_class(spec["class_path"])
+    resolved = {"class_path": spec["class_path"], "init_args": spec.get("init_args", {})}
+    own_code = source_digest(found)
+    return found, resolved if own_code is None else {**resolved, "code": own_code}
 
 
 def _as_plain_data(value: Any) -> Any:

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison's table, report, plots and sheet of heat maps."""
+"""The comparison's table and report."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
-from PIL import Image
 
-from anomalib_fractalad.benchmark.config import RUNTIMES, Job
-from anomalib_fractalad.benchmark.job import record_of
+from anomalib_fractalad.benchmark.config import Job
+from anomalib_fractalad.benchmark.plots import (
+    RUNTIME_NAMES,
+    defect_columns,
+    draw_sheet,
+    plot_defects,
+    plot_fit_time,
+    plot_latency,
+)
+from anomalib_fractalad.benchmark.record import record_of
 
 QUALITY = {
     "image_AUROC": "image AUROC",
@@ -36,29 +40,29 @@ SPEED = {
     "file_mb": ("files, MiB", 1),
     "latency_ms": ("latency, ms", 1),
     "latency_90_ms": ("90 %, ms", 1),
-    "images_per_second": ("images/s at batch 8", 1),
+    "images_per_second": ("images/s, 8 at once", 1),
     "image_AUROC": ("image AUROC", 3),
 }
-RUNTIME_NAMES = dict(zip(RUNTIMES, ("torch", "OpenVINO FP32", "OpenVINO FP16", "OpenVINO INT8"), strict=True))
-MARKERS = dict(zip(RUNTIMES, "osD^", strict=True))
 MISSING = "-"
 
 HOW_MEASURED = """\
-Figures are means over the seeds, with the standard deviation where there are several. Fit time is training alone,
-without validation. Peak memory is the resident set of the process up to the end of training, without the data loaders'
-workers. Trainable are the parameters that an optimiser moves.
+Figures are means over the seeds, with the standard deviation where there are several. Quality is that of the scores and
+maps as the networks give them, before anomalib's normalization, which clamps. Fit time is training alone, without
+validation; where a training was stopped and gone on with, up to the last epoch that was kept. Peak memory is the
+resident set of the process up to the end of training, without the data loaders' workers. Trainable are the parameters
+that an optimizer moves.
 
-Latency is from an image in memory, at its own size, to score and map, pre- and post-processing included: the median
-and the 90 % quantile of {repetitions} predictions. OpenVINO FP32 is compiled with the hint
-`INFERENCE_PRECISION_HINT: f32`, so that it computes in float32 where the processor has bfloat16 too; FP16 and INT8 are
-compiled without a hint, and the table says what OpenVINO chose. INT8 is NNCF's post-training
-quantisation, calibrated with the normal training images and copies of them with fractal anomalies, since normal images
-alone leave no room for the values that anomalies give. The image AUROC of each OpenVINO model is over
-all test images."""
+Every model is exported in the same way: for one image, of the height and width that the model resizes to. Latency is
+from such an image in memory to score and map, pre- and post-processing included: the median and the 90 % quantile of
+{repetitions} predictions. Eight at once are a batch in torch, and eight requests in OpenVINO. FP32 is compiled
+with the hint `INFERENCE_PRECISION_HINT: f32`, so that it computes in float32 where the processor has bfloat16 too; FP16
+and INT8 are compiled without a hint, and the table says what OpenVINO chose. INT8 is NNCF's post-training quantization
+of the convolutions between features, the same for every model, calibrated with the same training images and fractal
+anomalies in them. The image AUROC of each OpenVINO model is over all test images."""
 
 
 def write_report(jobs: Sequence[Job], output: Path) -> Path:
-    """Write ``results.csv``, ``report.md`` and its pictures.
+    """Write ``results.csv``, ``report.md`` and its figures.
 
     Args:
         jobs: The jobs of the comparison; each must have been run.
@@ -93,12 +97,8 @@ def _row(job: Job, content: dict[str, Any]) -> dict[str, Any]:
 def _what_was_run(jobs: Sequence[Job], output: Path) -> str:
     rows = []
     for job in {job.model: job for job in jobs}.values():
-        budget = next((f"{unit}: {job.spec[unit]}" for unit in ("epochs", "steps") if job.spec[unit]), "its own")
-        for name in ("train_batch_size", "precision"):
-            if job.spec[name] is not None:
-                budget += f", {name}: {job.spec[name]}"
         arguments = ", ".join(f"{name}: {json.dumps(value)}" for name, value in job.arguments.items())
-        rows.append([job.model, budget, arguments, "; ".join(job.notes)])
+        rows.append([job.model, _budget(job.spec), arguments, "; ".join(job.notes)])
     spec = jobs[0].spec
     machines = {json.dumps(record_of(job, output).content.get("environment")): None for job in jobs}
     versions = ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
@@ -107,6 +107,7 @@ def _what_was_run(jobs: Sequence[Job], output: Path) -> str:
         f"image size: {_size(spec['image_size'])}",
         f"CPU threads: {spec['threads'] or 'the choice of each runtime'}",
         f"versions: {versions}",
+        f"code of anomalib-fractalad: {spec['code']}",
     ]
     lines = [
         "; ".join(facts) + ".",
@@ -114,6 +115,12 @@ def _what_was_run(jobs: Sequence[Job], output: Path) -> str:
         HOW_MEASURED.format(repetitions=jobs[0].measuring["repetitions"]),
     ]
     return "## What was run\n\n" + _table(["model", "budget", "arguments", "notes"], rows) + "\n\n" + "\n\n".join(lines)
+
+
+def _budget(spec: dict[str, Any]) -> str:
+    budget = next((f"{unit}: {spec[unit]}" for unit in ("epochs", "steps") if spec[unit]), "its own")
+    given = [f"{name}: {spec[name]}" for name in ("train_batch_size", "precision") if spec[name] is not None]
+    return ", ".join([budget, *given])
 
 
 def _size(size: Sequence[int] | None) -> str:
@@ -134,13 +141,13 @@ def _data_section(name: str, results: pd.DataFrame, jobs: Sequence[Job], output:
         "### Cost\n\n" + _metric_table(results, COST),
         "### Speed\n\n" + _speed_table(results),
     ]
-    pictures: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
-        "latency": ("Quality against latency", _plot_latency),
-        "fit_time": ("Quality against fit time", _plot_fit_time),
-        "defects": ("Image AUROC by type of defect", _plot_defects),
-        "heat_maps": ("Heat maps", lambda _: _draw_sheet([job for job in jobs if job.data == name], output)),
+    figures: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+        "latency": ("Quality against latency", plot_latency),
+        "fit_time": ("Quality against fit time", plot_fit_time),
+        "defects": ("Image AUROC by type of defect", plot_defects),
+        "heat_maps": ("Heat maps", lambda _: draw_sheet([job for job in jobs if job.data == name], output)),
     }
-    for kind, (title, draw) in pictures.items():
+    for kind, (title, draw) in figures.items():
         figure = draw(results)
         if figure is not None:
             figure.savefig(output / f"{kind}_{slug}.png", dpi=120, bbox_inches="tight")
@@ -149,7 +156,7 @@ def _data_section(name: str, results: pd.DataFrame, jobs: Sequence[Job], output:
 
 
 def _defects(results: pd.DataFrame) -> dict[str, tuple[str, int]]:
-    return {name: (name.partition("/")[2], 3) for name in results if name.startswith("image_AUROC/")}
+    return {name: (name.partition("/")[2], 3) for name in defect_columns(results)}
 
 
 def _metric_table(results: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> str:
@@ -204,108 +211,3 @@ def _failures(results: pd.DataFrame) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _colours(results: pd.DataFrame) -> dict[str, Any]:
-    palette = mpl.colormaps["tab10"]
-    return {model: palette(i % 10) for i, model in enumerate(dict.fromkeys(results.model))}
-
-
-def _plot_latency(results: pd.DataFrame) -> Figure | None:
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    drawn = set()
-    for model, colour in _colours(results).items():
-        group = results[results.model == model]
-        for runtime, marker in MARKERS.items():
-            latency = _mean(group, f"{runtime}/latency_ms")
-            quality = _mean(group, "image_AUROC" if runtime == "torch" else f"{runtime}/image_AUROC")
-            if latency is not None and quality is not None:
-                axes.scatter(latency, quality, color=colour, marker=marker, s=60, edgecolors="black", linewidths=0.5)
-                drawn.add((model, runtime))
-    if not drawn:
-        return None
-    for model, colour in _colours(results).items():
-        if any(model == name for name, _ in drawn):
-            axes.scatter([], [], color=colour, marker="o", label=model)
-    for runtime, marker in MARKERS.items():
-        if any(runtime == name for _, name in drawn):
-            axes.scatter([], [], color="white", edgecolors="black", marker=marker, label=RUNTIME_NAMES[runtime])
-    axes.set(xlabel="latency of one image, ms", ylabel="image AUROC")
-    _finish(axes, log=True)
-    return figure
-
-
-def _plot_fit_time(results: pd.DataFrame) -> Figure | None:
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    for model, colour in _colours(results).items():
-        group = results[results.model == model]
-        seconds, quality = _mean(group, "fit_seconds"), _mean(group, "image_AUROC")
-        if seconds is not None and quality is not None:
-            spread = group["image_AUROC"].std() if len(group) > 1 else None
-            axes.errorbar(seconds, quality, yerr=spread, color=colour, marker="o", capsize=3, linestyle="", label=model)
-    if not axes.has_data():
-        return None
-    axes.set(xlabel="fit time, s", ylabel="image AUROC")
-    _finish(axes, log=True)
-    return figure
-
-
-def _plot_defects(results: pd.DataFrame) -> Figure | None:
-    columns = [name for name in _defects(results) if results[name].notna().any()]
-    models = [model for model, group in results.groupby("model", sort=False) if group[columns].notna().any(axis=None)]
-    if not columns or not models:
-        return None
-    figure = Figure(figsize=(max(7, 1.2 * len(columns) + 2), 4))
-    axes = figure.subplots()
-    width = 0.8 / len(models)
-    colours = _colours(results)
-    for i, model in enumerate(models):
-        means = results[results.model == model][columns].mean()
-        places = [column + (i - (len(models) - 1) / 2) * width for column in range(len(columns))]
-        axes.bar(places, means, width, color=colours[model], label=model)
-    axes.set_xticks(range(len(columns)), [name.partition("/")[2] for name in columns])
-    axes.set(ylabel="image AUROC", ylim=(0, 1.02))
-    _finish(axes)
-    return figure
-
-
-def _mean(group: pd.DataFrame, name: str) -> float | None:
-    return float(group[name].mean()) if name in group and group[name].notna().any() else None
-
-
-def _finish(axes: Any, log: bool = False) -> None:
-    if log:
-        axes.set_xscale("log")
-        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis(StrMethodFormatter("{x:g}"))
-        axes.tick_params(axis="x", which="both", rotation=45)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-
-def _draw_sheet(jobs: Sequence[Job], output: Path) -> Figure | None:
-    """Images, masks, and the heat maps of every model with the first seed below them, with their scores."""
-    records = {job.model: record_of(job, output) for job in jobs if job.seed == jobs[0].seed}
-    shown = {model: record for model, record in records.items() if record.content.get("sheet")}
-    if not shown:
-        return None
-    first = next(iter(shown.values()))
-    sheet = first.content["sheet"]
-    rows = ["image", *(["mask"] if any(first.folder.glob("mask_*.png")) else []), *shown]
-    figure = Figure(figsize=(1.7 * len(sheet) + 1, 1.8 * len(rows)))
-    grid = figure.subplots(len(rows), len(sheet), squeeze=False)
-    for line, row in zip(grid, rows, strict=True):
-        record = shown.get(row, first)
-        for number, axes in enumerate(line):
-            axes.set(xticks=[], yticks=[])
-            file = record.folder / f"{'map' if row in shown else row}_{number}.png"
-            if file.exists():
-                axes.imshow(Image.open(file), cmap="gray")
-            if row == "image":
-                axes.set_title(Path(sheet[number]["image_path"]).parent.name, fontsize=9)
-            if row in shown and "score" in record.content["sheet"][number]:
-                axes.set_xlabel(f"{record.content['sheet'][number]['score']:.2f}", fontsize=8)
-        line[0].set_ylabel(fill(row, 16), fontsize=9)
-    return figure

@@ -56,7 +56,7 @@ def shorter_side(masks: Tensor, angles: int = 180) -> Tensor:
         angles: Number of directions, out of a quarter turn, that the rectangle is tried in.
 
     Returns:
-        Shorter side in pixels ``(B,)`` of the rectangle of minimum area, at any angle, around the pixel centres of the
+        Shorter side in pixels ``(B,)`` of the rectangle of minimum area, at any angle, around the pixel centers of the
         largest connected component; 0 where a mask is empty.
     """
     component = _largest_component(masks).squeeze(1)

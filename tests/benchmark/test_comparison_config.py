@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A comparison is checked before it runs."""
 
+import importlib.util
+import logging
+import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
 from anomalib_fractalad.benchmark.__main__ import benchmark, main
 from anomalib_fractalad.benchmark.config import Job, Settings, make_jobs
+from anomalib_fractalad.benchmark.provenance import PACKAGE, package_digest
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet, trusted_files, working_directory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA: dict[str, Any] = {"class_path": "SurfaceDefects"}
@@ -118,6 +126,41 @@ def test_the_key_depends_on_what_is_trained_alone(monkeypatch: pytest.MonkeyPatc
     assert jobs(PADIM, accelerator="cpu")[0].spec["device"] is None
 
 
+def test_the_key_depends_on_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = jobs(PADIM)[0].key
+    with monkeypatch.context() as patch:
+        patch.setattr("anomalib_fractalad.benchmark.provenance.version", lambda _: "another")
+        assert jobs(PADIM)[0].key != key
+    package = tmp_path / "package"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    digest = package_digest()
+    assert package_digest(package) == digest == jobs(PADIM)[0].spec["code"]
+    file = package / "transforms/fractal.py"
+    text = file.read_text()
+    for same in (f"{text}\n# a comment\n", text.replace("Fractal anomaly generation", "More words")):
+        assert same != text
+        file.write_text(same)
+        assert package_digest(package) == digest
+    (package / "benchmark/report.py").write_text("pass")
+    assert package_digest(package) == digest
+    file.write_text(f"{text}\nprint()\n")
+    changed = package_digest(package)
+    assert changed != digest
+    monkeypatch.setattr("anomalib_fractalad.benchmark.config.package_digest", lambda: changed)
+    assert jobs(PADIM)[0].key != key
+
+
+def test_the_key_depends_on_the_code_of_a_model_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "users_model.py"
+    file.write_text("from anomalib.models import Padim\n\nclass Mine(Padim):\n    pass\n")
+    entry = {"class_path": "users_model.Mine"}
+    key = jobs(entry)[0].key
+    assert jobs(entry)[0].key == key
+    file.write_text(f"{file.read_text()}\nthing = 1\n")
+    assert jobs(entry)[0].key != key
+
+
 def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (without,) = jobs({"class_path": "Draem", "epochs": 1})
@@ -145,6 +188,33 @@ def test_the_help_tells_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "Models to compare, each with class_path" in printed
     assert "--time_limit" in printed
     assert "usage: python -m anomalib_fractalad.benchmark " in printed
+
+
+def test_a_missing_package_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "anomalib_fractalad.benchmark.__main__.find_spec", lambda name: None if name == "tqdm" else found(name)
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"needs tqdm: pip install 'anomalib-fractalad\[benchmark\]'"):
+        benchmark([PADIM], [DATA], output=tmp_path)  # type: ignore[list-item]
+
+
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, "0"):
+        monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("TRUST_REMOTE_CODE", value)
+        before = list(warnings.filters), logging.getLogger("anomalib").level, torch.get_num_threads(), Path.cwd()
+        with trusted_files(), quiet("anomalib"), cpu_threads(2), working_directory(Path("/")):
+            assert os.environ["TRUST_REMOTE_CODE"] == "1"
+            assert torch.get_num_threads() == 2
+        assert os.environ.get("TRUST_REMOTE_CODE") == value
+        assert before == (warnings.filters, logging.getLogger("anomalib").level, torch.get_num_threads(), Path.cwd())
+    before_help = list(warnings.filters)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert warnings.filters == before_help
 
 
 def test_a_mistake_is_told_in_one_line() -> None:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from anomalib_fractalad.benchmark.config import Job
-from anomalib_fractalad.benchmark.job import Record, conditions, is_missing, record_of, run_in_process, state_of
+from anomalib_fractalad.benchmark.record import Record, conditions, is_missing, record_of, state_of
 from anomalib_fractalad.benchmark.report import write_report
+from anomalib_fractalad.benchmark.runner import describe_stage, run_in_process
 
 SPEC: dict[str, Any] = {
     "model": {"class_path": "anomalib.models.Draem", "init_args": {"dtd_dir": None, "enable_sspcab": True}},
@@ -24,6 +25,7 @@ SPEC: dict[str, Any] = {
     "image_size": None,
     "threads": 2,
     "versions": {"anomalib": "2.7.0"},
+    "code": "0123abcd",
 }
 MEASURING: dict[str, Any] = {"runtimes": ["torch", "openvino_int8"], "repetitions": 50, "sheet_images": 6}
 ENVIRONMENT = {"platform": "Linux", "cpu": "a CPU", "cores": 2, "cuda": None}
@@ -77,7 +79,8 @@ def test_tables_hold_mean_and_spread(report: str) -> None:
 
 def test_what_was_run(report: str) -> None:
     assert "| one | steps: 30, precision: 16-mixed | enable_sspcab: true | no texture images |\n" in report
-    assert "Seeds: 0, 1; image size: each model's own; CPU threads: 2; versions: anomalib 2.7.0." in report
+    assert "Seeds: 0, 1; image size: each model's own; CPU threads: 2; versions: anomalib 2.7.0; code of" in report
+    assert "code of anomalib-fractalad: 0123abcd.\n" in report
     assert "Machine: a CPU, 2 cores, Linux." in report
 
 
@@ -102,7 +105,7 @@ def test_the_sheet_shows_every_model_on_the_same_images(tmp_path: Path) -> None:
     assert max(areas) < 1.1 * min(areas)
 
 
-def test_no_picture_of_nothing(tmp_path: Path) -> None:
+def test_no_figure_of_nothing(tmp_path: Path) -> None:
     job = make_job("lost", 0)
     record_of(job, tmp_path).save(status="failed", reason="why not")
     assert "![" not in write_report([job], tmp_path).read_text()
@@ -157,16 +160,52 @@ def test_what_is_missing(done: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_missing(measuring(repetitions=9), done)
     assert is_missing(measuring(sheet_images=3), done)
     done.checkpoint.unlink()
-    assert not is_missing(measuring(sheet_images=3), done)  # a picture is not worth a training
-    monkeypatch.setattr("anomalib_fractalad.benchmark.config.version", lambda _: "another")
+    assert not is_missing(measuring(sheet_images=3), done)  # a sheet is not worth a training
+    monkeypatch.setattr("anomalib_fractalad.benchmark.provenance.version", lambda _: "another")
     assert is_missing(measuring(), done)
 
 
-@pytest.mark.parametrize("status", ["failed", "timed out"])
-def test_failures_are_missing_if_wanted(status: str, done: Record) -> None:
-    done.save(status=status)
-    assert not is_missing(measuring(runtimes=["openvino_fp32"]), done)
+@pytest.mark.parametrize(
+    ("stopped", "goes_on"),
+    [({"status": "failed"}, False), ({"status": "failed", "killed": True}, True), ({"status": "timed out"}, True)],
+)
+def test_what_was_stopped_goes_on_from_what_it_kept(stopped: dict[str, Any], goes_on: bool, done: Record) -> None:
+    done.save(**stopped)
+    assert is_missing(measuring(runtimes=["openvino_fp32"]), done) == goes_on
+    assert not is_missing(measuring(), done)  # all is measured, or failed by itself
     assert is_missing(measuring(), done, retry=True)
+    done.checkpoint.unlink()
+    assert not is_missing(measuring(), done)
+    done.training_checkpoint.touch()
+    assert is_missing(measuring(), done) == goes_on
+    done.clear()
+    assert list(done.content) == ["inputs"]
+    assert done.training_checkpoint.exists()
+
+
+def test_a_runtime_that_takes_all_the_time_is_not_tried_again(done: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = done.file.parent / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(sleeper))
+    monkeypatch.setattr(Record, "read", lambda self: self.content.update(stage="openvino_int8"))
+    job = measuring()
+    run_in_process(job, done, time_limit=0.2)
+    assert done.content["status"] == "timed out"
+    assert done.content["runtimes"]["openvino_int8"]["reason"].startswith("ran out of time: 0.2 s were over in the")
+    assert not is_missing(job, done)
+    assert is_missing(measuring(runtimes=["torch", "openvino_fp16"]), done)
+
+
+def test_progress_in_words() -> None:
+    progress = {"epoch": 3, "epochs": None, "step": 40, "steps": 2000, "loss": 0.01234567, "seconds_left": 3725.2}
+    words = "training, epoch 3, step 40 of 2000, loss 0.01235, 1:02:05 left"
+    assert describe_stage({"stage": "training", "progress": progress}) == words
+    nothing = dict.fromkeys(progress)
+    assert describe_stage({"stage": "training", "progress": {**nothing, "epoch": 1, "epochs": 1}}) == (
+        "training, epoch 1 of 1"
+    )
+    assert describe_stage({"stage": "testing"}) == "testing"
 
 
 def test_changed_images_are_noticed(done: Record, tmp_path: Path) -> None:

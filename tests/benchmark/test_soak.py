@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import soak
 from anomalib.data import Folder
 from PIL import Image
-
-from anomalib_fractalad.benchmark import soak
 
 
 def test_two_rounds(
@@ -34,6 +34,7 @@ def test_two_rounds(
     assert (rows["threads"] >= 1).all()
     assert Image.open("soak/soak.png").width > 500
     assert [path.name for path in tmp_path.iterdir()] == ["soak"]
+    assert os.environ["TRUST_REMOTE_CODE"] == "0"
     assert "2 rounds" in capsys.readouterr().out
 
 

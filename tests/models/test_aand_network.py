@@ -8,6 +8,7 @@ from anomalib.data.utils.tiler import Tiler
 from reference import GOLDEN, parameters, wave
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_fractalad.export.networks import MatrixUpsample
 from anomalib_fractalad.models.aand import AANDModel
 from anomalib_fractalad.models.aand.amplification import (
     ResidualAnomalyAmplification,
@@ -24,7 +25,8 @@ from anomalib_fractalad.models.aand.loss import (
 )
 from anomalib_fractalad.models.aand.stages import Stage, StagePlan
 from anomalib_fractalad.models.aand.student import ResNetStudent, SmallStudent
-from anomalib_fractalad.models.aand.torch_model import Alignment, GaussianSmoothing, distance_map
+from anomalib_fractalad.models.aand.torch_model import Alignment, distance_map
+from anomalib_fractalad.models.components import AlignedUpsample, GaussianSmoothing
 
 numbers = np.load(GOLDEN / "aand.npz")
 shapes = [(1, 8, 64, 64), (1, 12, 32, 32), (1, 16, 16, 16)]
@@ -172,11 +174,12 @@ def test_losses_of_half_precision_are_computed_in_float32() -> None:
 
 
 def test_anomaly_map_agrees_with_the_published_code() -> None:
-    summed = distance_map(teacher, student, (256, 256))
+    summed = distance_map(teacher, student, (256, 256), 3 * [AlignedUpsample()])
     close(summed[..., ::8, ::8], "map_sum")
     smooth = GaussianSmoothing(4).double()
     close(smooth(summed)[0, 0, ::8, ::8], "map_smoothed")
-    close(distance_map(teacher, student, (256, 256), smooth=smooth)[0, 0, ::8, ::8], "map_smoothed")
+    exported = 3 * [MatrixUpsample(AlignedUpsample(), smooth)]
+    close(distance_map(teacher, student, (256, 256), exported)[0, 0, ::8, ::8], "map_smoothed")
 
 
 @pytest.mark.parametrize("tiler", [None, Tiler(64, 64)])
@@ -336,7 +339,7 @@ def test_stages_of_other_strides(strides: tuple[int, ...], alignment: Alignment)
     decoded = model.student(features)
     sizes = [(math.ceil(100 / stride), math.ceil(140 / stride)) for stride in strides]
     assert [stage.shape[-2:] for stage in features] == [stage.shape[-2:] for stage in decoded] == sizes
-    expected = model.smooth(distance_map(features, decoded, (100, 140), strides if alignment == "centers" else None))
+    expected = model.smooth(distance_map(features, decoded, (100, 140), model.upsample))
     torch.testing.assert_close(model(images).anomaly_map, expected)
 
 
@@ -374,7 +377,7 @@ def test_centers_of_receptive_fields(size: tuple[int, int]) -> None:
     strides = (8, 16)
     shapes = [(2, 5, math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
     teacher, student = ([torch.randn(shape) for shape in shapes] for _ in range(2))
-    found = distance_map(teacher, student, size, strides)
+    found = distance_map(teacher, student, size, map(AlignedUpsample, strides))
     expected = torch.zeros(2, 1, *size)
     for stride, t, s in zip(strides, teacher, student, strict=True):
         y, x = (2 * torch.arange(n) / stride / max(m - 1, 1) - 1 for n, m in zip(size, t.shape[-2:], strict=True))

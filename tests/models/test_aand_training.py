@@ -363,7 +363,7 @@ def test_bfloat16_trains_both_stages(tmp_path: Path, tiles: Folder) -> None:
 def test_choices_of_the_network_reach_it() -> None:
     model = small_model(amplifier_width=5, strides=[8, 16], alignment="centers", fine_embedding=True, split=(1, 1))
     assert [amplifier.gate.query[0].out_channels for amplifier in model.model.amplifiers] == [5, 5]
-    assert model.model.center_strides == (8, 16)
+    assert [upsample.stride for upsample in model.model.upsample] == [8, 16]
     assert isinstance(model.model.student, SmallStudent)
     assert model.model.student.embed[0][0].stride == (1, 1)
     assert (model.hparams["amplifier_width"], model.hparams["fine_embedding"]) == (5, True)
@@ -372,7 +372,7 @@ def test_choices_of_the_network_reach_it() -> None:
 def test_older_checkpoints_and_configs_are_understood() -> None:
     model = small_model(alignment="centres", strides=(8, 16))
     assert model.hparams["alignment"] == "centers"
-    assert model.model.center_strides == (8, 16)
+    assert [upsample.stride for upsample in model.model.upsample] == [8, 16]
     state = {name.replace(".residual.", ".generator."): value for name, value in model.state_dict().items()}
     assert any(".generator." in name for name in state)
     loaded = small_model(alignment="centers", strides=(8, 16))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from anomalib_fractalad.models.fractalad.torch_model import (
     FractalADModel,
     SegmentationHead,
     cosine_similarity_attention,
-    upsample,
     warp,
 )
 
@@ -54,27 +52,6 @@ def test_head_agrees_with_the_published_code(golden_head: SegmentationHead) -> N
     features = [wave(shape, 0.5 * j, 0.3) for j, shape in enumerate(shapes)]
     with torch.no_grad():
         close(golden_head(features, (128, 128)), "logits")
-
-
-@pytest.mark.parametrize(("small", "size"), [((16, 24), (64, 96)), ((5, 1), (18, 3)), ((7, 9), (7, 9))])
-def test_exported_upsampling_is_the_same(
-    small: tuple[int, int],
-    size: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    maps = torch.randn(2, 1, *small, dtype=torch.float64)
-    expected = upsample(maps, size)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.nn.functional, "interpolate", functional_without_maps(torch.nn.functional.interpolate))
-    torch.testing.assert_close(upsample(maps, size), expected)
-
-
-def functional_without_maps(interpolate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def along_one_dimension(tensor: torch.Tensor, **arguments: object) -> torch.Tensor:
-        assert tensor.ndim == 3
-        return interpolate(tensor, **arguments)
-
-    return along_one_dimension
 
 
 def test_head_has_the_published_number_of_parameters() -> None:

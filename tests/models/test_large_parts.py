@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from torchvision.utils import save_image
 
 import anomalib_fractalad
-from anomalib_fractalad.models.components import predict_by_tiles
+from anomalib_fractalad.models.components import TileByTile
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
@@ -41,7 +41,7 @@ def test_tiles_are_predicted_one_at_a_time_and_joined() -> None:
 
     images = torch.rand(2, 3, 40, 70)
     tiler = Tiler(TILE, stride=16)
-    maps = predict_by_tiles(predict, images, tiler)
+    maps = TileByTile()(predict, images, tiler)
     torch.testing.assert_close(maps, images.mean(dim=1, keepdim=True))
     assert sizes == [(2, 3, TILE, TILE)] * 8
     assert not hasattr(tiler, "batch_size")  # it is as it was

@@ -26,7 +26,7 @@ from anomalib_fractalad.training.given_arguments import _names_in
 OTHERS: dict[str, dict[str, Any]] = {
     "FractalAD": {"score": "top", "top_share": 0.1},
     "ADPS": {"smoothing": 2.0, "patches": 1},
-    "AAND": {"score": "top", "top_share": 0.1, "alignment": "centres"},
+    "AAND": {"score": "top", "top_share": 0.1, "alignment": "centers"},
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "FractalAD": {"learning_rate": 0.01, "cosine_decay": True, "object_mode": True, "position_margin": 0.0},

@@ -214,33 +214,6 @@ class AAND(StagedTraining, AnomalibModule):
         super().apply_arguments(arguments)
         self.generator = AnomalyGenerator(arguments["anomaly_generator"])
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
-        self.model.center_strides = (
-            tuple(arguments["strides"]) if arguments["alignment"] in {"centers", "centres"} else None
-        )
+        for upsample, stride in zip(self.model.upsample, arguments["strides"], strict=True):
+            upsample.stride = None if arguments["alignment"] == "corners" else stride
         self.distillation_loss = HardDistillationLoss() if arguments["hard_distillation"] else PlainDistillationLoss()
-
-    def to_onnx(  # type: ignore[override]
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX.
-
-        Args:
-            export_root: Folder to export into.
-            model_file_name: Name of the file, without its ending.
-            input_size: Height and width; left out, any size is taken and resized by the pre-processor.
-            **kwargs: Passed on to :func:`torch.onnx.export`.
-
-        Returns:
-            The ONNX file.
-
-        Raises:
-            ValueError: If neither ``input_size`` nor a pre-processor sets the size that the network sees.
-        """
-        if input_size is None and self.input_size is None:
-            msg = "AAND without a resizing pre-processor is exported for one size of image: give input_size"
-            raise ValueError(msg)
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)

@@ -2,7 +2,6 @@
 """The network of AAND: a frozen teacher with amplified anomalies, and a student that knows normal features."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -11,18 +10,17 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import (
+    AlignedUpsample,
     FrozenTeacher,
+    GaussianSmoothing,
     ImageScore,
     Reduction,
+    TileByTile,
     check_count,
     cosine_distance,
-    gaussian_blur,
     is_whole,
-    predict_by_tiles,
-    resample,
 )
 
 from .amplification import AmplifiedLevel, ResidualAnomalyAmplification
@@ -82,7 +80,6 @@ class AANDModel(nn.Module):
         if alignment not in get_args(Alignment):
             msg = f"alignment {alignment!r} is unknown; use one of {', '.join(get_args(Alignment)[:2])}"
             raise ValueError(msg)
-        self.center_strides = None if alignment == "corners" else tuple(strides)
         self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, strides, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
@@ -90,7 +87,9 @@ class AANDModel(nn.Module):
             ResidualAnomalyAmplification(level, amplifier_width) for level in (channels if amplification else [])
         )
         self.student = reverse_student(backbone, channels, strides, fine_embedding)
+        self.upsample = nn.ModuleList(AlignedUpsample(None if alignment == "corners" else s) for s in strides)
         self.smooth = GaussianSmoothing(SIGMA)
+        self.by_tiles = TileByTile()
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict anomaly maps and image scores.
@@ -101,24 +100,20 @@ class AANDModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x levels].
         """
-        if self.tiler is None:
-            anomaly_map = self.predict_map(images, self.smooth)
-        else:
-            anomaly_map = self.smooth(predict_by_tiles(self.predict_map, images, self.tiler))
+        anomaly_map = self.smooth(self.by_tiles(self.predict_map, images, self.tiler))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
-    def predict_map(self, images: Tensor, smooth: "GaussianSmoothing | None" = None) -> Tensor:
-        """Predict anomaly maps of images as a whole.
+    def predict_map(self, images: Tensor) -> Tensor:
+        """Predict anomaly maps of images as a whole, not yet smoothed.
 
         Args:
             images: (B, 3, H, W), values in [0, 1].
-            smooth: Smooths the maps; left out, they stay as they are.
 
         Returns:
             (B, 1, H, W), values in [0, 2 x levels].
         """
         teacher = self.advanced_teacher(images)
-        return distance_map(teacher, self.student(teacher), images.shape[-2:], self.center_strides, smooth)
+        return distance_map(teacher, self.student(teacher), images.shape[-2:], self.upsample)
 
     def compare(self, images: Tensor, mask: Tensor, foreground: Tensor) -> list[AmplifiedLevel]:
         """Compare normal and anomalous positions, plain and amplified: what stage I's losses see.
@@ -154,82 +149,22 @@ def distance_map(
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
     size: Sequence[int],
-    strides: Sequence[int] | None = None,
-    smooth: "GaussianSmoothing | None" = None,
+    upsample: Iterable[nn.Module],
 ) -> Tensor:
     """Sum over levels of 1 - cos(teacher, student), each brought to the image's size.
-
-    Interpolation and smoothing are both linear, and done at once.
 
     Args:
         teacher: (B, C_i, H_i, W_i) for each level.
         student: The same shapes.
         size: Height and width of the image.
-        strides: The levels' strides, to put position i at pixel stride x i. Left out, levels are stretched from border
-            to border.
-        smooth: Smooths the sum; left out, it stays as it is.
+        upsample: Brings a level's map to that size, for each level.
 
     Returns:
         (B, 1, *size), values in [0, 2 x levels].
     """
-    all_strides = [None] * len(teacher) if strides is None else strides
     distances = map(cosine_distance, teacher, student)
-    maps = [
-        resample(distance, size, partial(_spread, stride=stride, smooth=smooth))
-        for distance, stride in zip(distances, all_strides, strict=True)
-    ]
+    maps = [to_size(distance, size) for to_size, distance in zip(upsample, distances, strict=True)]
     return torch.stack(maps).sum(dim=0)
-
-
-def _spread(rows: Tensor, length: int, stride: int | None, smooth: "GaussianSmoothing | None") -> Tensor:
-    """Spread rows of positions (N, n) over pixels (N, length).
-
-    Position i lies at pixel stride x i, the center of its receptive field where convolutions pad evenly; without a
-    stride, positions are stretched from border to border.
-    """
-    covered = length if stride is None else stride * (rows.shape[-1] - 1) + 1
-    pixels = F.interpolate(rows.unsqueeze(0), size=covered, mode="linear", align_corners=True)
-    pixels = F.pad(pixels, (0, length - covered), mode="replicate")
-    return pixels.squeeze(0) if smooth is None else smooth.along_rows(pixels.unsqueeze(0)).flatten(0, 2)
-
-
-class GaussianSmoothing(nn.Module):
-    """Gaussian filter; beyond its edges the map is mirrored, edge pixels included.
-
-    Args:
-        sigma: Standard deviation in pixels.
-    """
-
-    def __init__(self, sigma: int) -> None:
-        super().__init__()
-        self.radius = 4 * sigma
-        self.blur = gaussian_blur(sigma, padding="valid")
-
-    def forward(self, anomaly_map: Tensor) -> Tensor:
-        """Smooth maps.
-
-        Args:
-            anomaly_map: (B, 1, H, W), H and W at least 4 sigma.
-
-        Returns:
-            (B, 1, H, W).
-        """
-        with torch.autocast(anomaly_map.device.type, enabled=False):
-            return self.along_rows(self.along_rows(anomaly_map.mT).mT)
-
-    def along_rows(self, anomaly_map: Tensor) -> Tensor:
-        """Smooth along rows only.
-
-        Args:
-            anomaly_map: (B, 1, H, W), W at least 4 sigma.
-
-        Returns:
-            (B, 1, H, W).
-        """
-        before = anomaly_map.narrow(-1, 0, self.radius).flip(-1)
-        after = anomaly_map.flip(-1).narrow(-1, 0, self.radius)
-        smoothed: Tensor = self.blur[1](torch.cat([before, anomaly_map, after], dim=-1))
-        return smoothed
 
 
 def _check_strides(strides: Sequence[int]) -> None:

@@ -17,12 +17,12 @@ from anomalib_fractalad.models.components import (
     Backbone,
     FrozenTeacher,
     ImageScore,
+    TileByTile,
     at_least_float32,
     check_count,
     check_positive,
     cosine_distance,
     gaussian_blur,
-    predict_by_tiles,
 )
 
 LAYERS = (4, 8, 16)  # the strides of a ResNet's first three levels
@@ -70,6 +70,7 @@ class ADPSModel(nn.Module):
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
         self.smooth = gaussian_blur(smoothing)
         self.score = ImageScore("max")
+        self.by_tiles = TileByTile()
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict anomaly maps and image scores.
@@ -80,7 +81,7 @@ class ADPSModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
-        anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
+        anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
 
     def check_size(self, size: Sequence[int] | None) -> None:

@@ -5,18 +5,22 @@ from .arguments import check_count, check_not_negative, check_positive, is_finit
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
-from .resampling import resample
+from .resampling import AlignedUpsample, Upsample
 from .score import ImageScore, Reduction
-from .smoothing import gaussian_blur
-from .tiling import predict_by_tiles
+from .smoothing import GaussianSmoothing, gaussian_blur
+from .tiling import TileByTile
 
 __all__ = [
+    "AlignedUpsample",
     "AnomalyGenerator",
     "Backbone",
     "FrozenTeacher",
+    "GaussianSmoothing",
     "GeneratorChoice",
     "ImageScore",
     "Reduction",
+    "TileByTile",
+    "Upsample",
     "at_least_float32",
     "check_count",
     "check_not_negative",
@@ -25,6 +29,4 @@ __all__ = [
     "gaussian_blur",
     "is_finite",
     "is_whole",
-    "predict_by_tiles",
-    "resample",
 ]

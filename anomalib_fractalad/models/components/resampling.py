@@ -1,30 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resampling of maps by matrices."""
+"""Resampling of maps to the size of the image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 
-def resample(maps: Tensor, size: Sequence[int], along: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Resample maps, in the same way along rows and along columns, by two matrix products in full precision.
+class Upsample(nn.Module):
+    """Stretch maps bilinearly, as PyTorch's ``align_corners=False`` does.
 
-    What comes from OpenVINO's interpolations and convolutions has its channels last. With one channel, all further work
-    on such a map is done pixel by pixel, a hundred times slower than on rows.
+    Like every resampling here it treats rows and columns alike, one after the other; the export relies on that.
+    """
+
+    def forward(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """Bring maps to a size.
+
+        Args:
+            maps: (B, C, h, w).
+            size: Height and width.
+
+        Returns:
+            (B, C, *size).
+        """
+        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class AlignedUpsample(nn.Module):
+    """Bring maps to the image's size, with their positions at chosen pixels.
 
     Args:
-        maps: (B, 1, h, w).
-        size: Height and width.
-        along: Resamples rows (N, n) to a length, (N, length); linear.
-
-    Returns:
-        (B, 1, *size).
+        stride: Position i lies at pixel stride x i, the center of its receptive field where convolutions pad evenly;
+            left out, positions are stretched from border to border.
     """
-    with torch.autocast(maps.device.type, enabled=False):
-        rows, columns = (
-            along(torch.eye(short, dtype=maps.dtype, device=maps.device), long)
-            for short, long in zip(maps.shape[-2:], size, strict=True)
-        )
-        # Constants stand on the right: OpenVINO refuses what NNCF makes of them on the left.
-        return ((maps.squeeze(1) @ columns).mT @ rows).mT.unsqueeze(1)
+
+    def __init__(self, stride: int | None = None) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """Bring maps to a size; beyond the last position the map goes on as it ends.
+
+        Args:
+            maps: (B, C, h, w).
+            size: Height and width, at least stride x (h - 1) + 1 and stride x (w - 1) + 1.
+
+        Returns:
+            (B, C, *size).
+        """
+        height, width = size if self.stride is None else (self.stride * (side - 1) + 1 for side in maps.shape[-2:])
+        stretched = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=True)
+        return F.pad(stretched, (0, size[1] - width, 0, size[0] - height), mode="replicate")

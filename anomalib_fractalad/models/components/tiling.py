@@ -6,32 +6,44 @@ from collections.abc import Callable
 
 import torch
 from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def predict_by_tiles(predict: Callable[[Tensor], Tensor], images: Tensor, tiler: Tiler | None) -> Tensor:
-    """Predict maps of images, as many tiles at a time as there are images, so that memory hardly grows with their size.
+class TileByTile(nn.Module):
+    """Predict maps of large images as many tiles at a time as there are images, so that memory hardly grows."""
 
-    An exported model takes all tiles at once.
+    def forward(self, predict: Callable[[Tensor], Tensor], images: Tensor, tiler: Tiler | None) -> Tensor:
+        """Predict maps of images.
 
-    Args:
-        predict: Predicts maps (B, 1, h, w) of images (B, 3, h, w).
-        images: (B, 3, H, W), values in [0, 1].
-        tiler: Cuts the images and joins the maps, the mean where tiles overlap; without it images are predicted whole.
+        Args:
+            predict: Predicts maps (B, 1, h, w) of images (B, 3, h, w).
+            images: (B, 3, H, W), values in [0, 1].
+            tiler: Cuts the images and joins the maps, the mean where tiles overlap; without it images are predicted
+                whole.
 
-    Returns:
-        (B, 1, H, W).
+        Returns:
+            (B, 1, H, W).
 
-    Raises:
-        ValueError: If the images are smaller than a tile.
-    """
-    if tiler is None:
-        return predict(images)
-    tiler = copy.copy(tiler)  # it remembers what it tiles, which would become part of an export
-    tiles = tiler.tile(images)
-    # An exported graph would hold the network once for each tile.
-    batches = [tiles] if torch.compiler.is_compiling() else torch.split(tiles, len(images))
-    return tiler.untile(torch.cat([predict(batch) for batch in batches]))
+        Raises:
+            ValueError: If the images are smaller than a tile.
+        """
+        if tiler is None:
+            return predict(images)
+        tiler = copy.copy(tiler)  # it remembers what it tiles
+        return tiler.untile(self.predict_tiles(predict, tiler.tile(images), len(images)))
+
+    def predict_tiles(self, predict: Callable[[Tensor], Tensor], tiles: Tensor, at_once: int) -> Tensor:
+        """Predict maps of all tiles.
+
+        Args:
+            predict: Predicts maps of tiles.
+            tiles: (N, 3, h, w).
+            at_once: Number of tiles to predict at a time.
+
+        Returns:
+            (N, 1, h, w).
+        """
+        return torch.cat([predict(batch) for batch in torch.split(tiles, at_once)])
 
 
 def tiler_settings(tiler: Tiler) -> dict[str, object]:

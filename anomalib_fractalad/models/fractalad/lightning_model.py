@@ -74,6 +74,8 @@ class FractalAD(OneClassModule, AnomalibModule):
         {"learning_rate", "weight_decay", "cosine_decay", "object_mode", "position_margin"}
     )
 
+    takes_any_size = True
+
     def __init__(
         self,
         backbone: str = "resnet18",

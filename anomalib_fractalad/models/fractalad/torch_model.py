@@ -17,9 +17,9 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     Reduction,
+    TileByTile,
+    Upsample,
     cosine_distance,
-    predict_by_tiles,
-    resample,
 )
 
 STRIDES = (4, 8, 16, 32)
@@ -64,6 +64,7 @@ class FractalADModel(nn.Module):
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
         self.head = SegmentationHead(self.teacher.channels)
+        self.by_tiles = TileByTile()
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Predict anomaly maps and image scores.
@@ -74,7 +75,7 @@ class FractalADModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
-        anomaly_map = predict_by_tiles(self.predict_map, images, self.tiler)
+        anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
@@ -134,6 +135,7 @@ class SegmentationHead(nn.Module):
         self.smooth = nn.ModuleList(_conv_norm_relu(width, width, kernel_size=3) for _ in range(finer_levels))
         self.fuse = _conv_norm_relu(len(channels) * width, width, kernel_size=3)
         self.classify = nn.Conv2d(width, 1, kernel_size=3, padding=1)
+        self.upsample = Upsample()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -151,7 +153,8 @@ class SegmentationHead(nn.Module):
             pyramid[i] = self.smooth[i](pyramid[i] + self.align[i](pyramid[i], pyramid[i + 1]))
         finest = pyramid[0].shape[-2:]
         fused = self.fuse(torch.cat([_resize(level, finest) for level in pyramid], dim=1))
-        return upsample(self.classify(fused), size)
+        logits: Tensor = self.upsample(self.classify(fused), size)
+        return logits
 
 
 class FlowAlignment(nn.Module):
@@ -197,23 +200,6 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     x = 2 * (x + flow[:, 0]) / max(width - 1, 1) - 1
     y = 2 * (y + flow[:, 1]) / max(height - 1, 1) - 1
     return F.grid_sample(image, torch.stack([x, y], dim=-1), align_corners=False)
-
-
-def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring maps to the image's size; in exported models by matrices, for OpenVINO.
-
-    Args:
-        maps: (B, 1, h, w).
-        size: Height and width of the image.
-
-    Returns:
-        (B, 1, *size).
-    """
-    return resample(maps, size, _stretch) if torch.compiler.is_compiling() else _resize(maps, size)
-
-
-def _stretch(rows: Tensor, length: int) -> Tensor:
-    return F.interpolate(rows.unsqueeze(0), size=length, mode="linear").squeeze(0)
 
 
 def _resize(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of training and inference by image size.
 
-Run as ``python -m anomalib_fractalad.benchmark.image_size``.
+Run as ``python benchmarks/image_size.py``.
 """
 
 import multiprocessing
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,9 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from anomalib_fractalad.benchmark.measure import FLOAT32, peak_memory
+from anomalib_fractalad.benchmark.exports import FLOAT32
+from anomalib_fractalad.benchmark.fit import peak_memory
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
@@ -63,12 +64,15 @@ def _peak_of(name: str, task: str, size: int, backbone: str) -> float:
 
 def _in_a_process(function: Callable[..., float], arguments: tuple[Any, ...]) -> float:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+        return pool.apply(_on_one_thread, (function, arguments))
+
+
+def _on_one_thread(function: Callable[..., float], arguments: tuple[Any, ...]) -> float:
+    with quiet(), cpu_threads(1):
+        return function(*arguments)
 
 
 def _model(name: str, task: str, size: int, backbone: str) -> OneClassModule:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     pre_processor = OneClassModule.configure_pre_processor((size, size))
     model: Any = get_model(name, backbone=backbone, pre_trained=False, pre_processor=pre_processor, visualizer=False)
     model.model.tiler = Tiler(TILE, TILE) if task.endswith("tiles") else None

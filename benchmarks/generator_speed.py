@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of FractalAnomalyGenerator beside anomalib's PerlinAnomalyGenerator.
 
-Run as ``python -m anomalib_fractalad.benchmark.generator_speed``.
+Run as ``python benchmarks/generator_speed.py``.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from jsonargparse import auto_cli
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
@@ -28,11 +28,10 @@ def generator_speed(
     Args:
         batch_size: Number of images in a batch.
         image_size: Height and width of the images in pixels.
-        repetitions: Number of timed batches for each generator, after one that is not timed.
+        repetitions: Number of timed batches for each generator, each after two that are not timed.
         device: Device of the images; on another one than the CPU, images per second are what matters.
         threads: Number of CPU threads.
     """
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     images = torch.rand(batch_size, 3, image_size, image_size, device=device)
     fractal = FractalAnomalyGenerator()
@@ -43,30 +42,19 @@ def generator_speed(
         "Perlin, probability 0.5 (its default)": PerlinAnomalyGenerator(),
         "Perlin, probability 1": PerlinAnomalyGenerator(probability=1.0),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in generators}
-    for repetition in range(repetitions + 1):
-        for name, generator in generators.items():
-            elapsed = _time(generator, images)
-            if repetition > 0:
-                seconds[name].append(elapsed)
+    timers = {
+        name: Timer("generator(images)", globals={"generator": generator, "images": images}, num_threads=threads)
+        for name, generator in generators.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(repetitions):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(1).median)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{batch_size} images of {image_size} x {image_size} on {device}, {threads} CPU thread(s)")
     for name, median in medians.items():
         ratio = median / medians["fractal"]
         print(f"{name:38} {1e3 * median:9.2f} ms {batch_size / median:12.0f} images/s {ratio:7.2f} x fractal")
-
-
-def _time(generator: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> float:
-    _synchronize(images.device)
-    start = time.perf_counter()
-    generator(images)
-    _synchronize(images.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a training step's time and memory go, for each of the package's models.
 
-Run as ``python -m anomalib_fractalad.benchmark.training_speed``.
+Run as ``python benchmarks/training_speed.py``.
 """
 
-import logging
 import math
 import multiprocessing
 import statistics
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -21,9 +19,11 @@ from anomalib.models.components import AnomalibModule
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-from anomalib_fractalad.benchmark.measure import peak_memory
+from anomalib_fractalad.benchmark.fit import peak_memory
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
 from anomalib_fractalad.registration import MODELS
@@ -64,13 +64,12 @@ def training_speed(
     Returns:
         Median seconds, shares and ratios by model.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
     where = f"{device}, {threads} CPU thread(s), {precision}"
     print(f"{backbone}, batches of {batch_size} images of {image_size} x {image_size}, {where}")
     results = {}
     for name in models:
-        results[name] = _time_model(name, backbone, batch_size, image_size, steps, device, precision)
+        with quiet("lightning.pytorch"), cpu_threads(threads):
+            results[name] = _time_model(name, backbone, batch_size, image_size, steps, device, precision)
         if memory and name == "FractalAD":
             results[name].update(_compare_memory(backbone, batch_size, image_size, device, threads, precision))
         for what, value in results[name].items():
@@ -85,6 +84,7 @@ class PartTimer(Callback):
 
     def __init__(self, parts: Mapping[str, Callable[[], object]]) -> None:
         self.parts = parts
+        self.threads = torch.get_num_threads()
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.anomalies = 0.0
 
@@ -117,7 +117,9 @@ class PartTimer(Callback):
             self.seconds[f"anomalies in a {self.step}"].append(self.anomalies)
         for part, run in self.parts.items():
             with trainer.precision_plugin.forward_context():
-                self.seconds[part].append(_time(run, pl_module.device)[0])
+                self.seconds[part].append(
+                    Timer("run()", globals={"run": run}, num_threads=self.threads).timeit(1).median
+                )
             pl_module.zero_grad()
 
     def medians(self) -> dict[str, float]:
@@ -182,8 +184,7 @@ def _fit(model: Any, images: Tensor, steps: int, device: str, precision: str, *c
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet("lightning.pytorch"):
         # One batch an epoch, so that AAND's stages get as many steps each.
         trainer.fit(model, DataLoader(cast("Any", [batch]), batch_size=None))
 
@@ -231,17 +232,17 @@ def _compare_memory(backbone: str, batch_size: int, image_size: int, *where: Any
 def _peak_memory(
     keep: bool, backbone: str, batch_size: int, image_size: int, device: str, threads: int, precision: str
 ) -> float:
-    torch.set_num_threads(threads)
-    model, images = _make("FractalAD", backbone, batch_size, image_size, device)
-    if keep:
-        _keep_gradients(model)
-    if device == "cuda":
-        allocated = torch.cuda.memory_allocated()
+    with cpu_threads(threads):
+        model, images = _make("FractalAD", backbone, batch_size, image_size, device)
+        if keep:
+            _keep_gradients(model)
+        if device == "cuda":
+            allocated = torch.cuda.memory_allocated()
+            _fit(model, images, WARM_UP, device, precision)
+            return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+        before = peak_memory() or math.nan
         _fit(model, images, WARM_UP, device, precision)
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    before = peak_memory() or math.nan
-    _fit(model, images, WARM_UP, device, precision)
-    return (peak_memory() or math.nan) - before
+        return (peak_memory() or math.nan) - before
 
 
 def _keep_gradients(model: FractalAD) -> None:

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The magnetic tiles with no tile in both training and test: normal images dealt out anew, by tile.
 
-python docs/split_by_tile.py --root PATH --output PATH
+python studies/split_by_tile.py --root PATH --output PATH
 
 Each tile was photographed up to six times, one exposure (the number after "exp") after the other, and the number after
-"num" grows from picture to picture.
+"num" grows from photograph to photograph.
 """
 
-import re
-from itertools import pairwise
 from pathlib import Path
 
+from common import by_tile
 from jsonargparse import auto_cli
-
-NAME = re.compile(r"exp\d_num_(\d+)")
 
 
 def split_by_tile(root: Path, output: Path, gap: int = 100, every: int = 5, first: int = 0) -> None:
@@ -22,7 +19,7 @@ def split_by_tile(root: Path, output: Path, gap: int = 100, every: int = 5, firs
     Args:
         root: The data set: train/good, test/good, test/<defect>, ground_truth/<defect>.
         output: A new folder.
-        gap: Pictures whose numbers lie further apart are of different tiles. Neighbours closer than that are kept
+        gap: Photographs whose numbers lie further apart are of different tiles. Neighbours closer than that are kept
             together, of one tile or of two.
         every: Of so many such groups, one goes to the test images.
         first: Which of them.
@@ -42,21 +39,6 @@ def split_by_tile(root: Path, output: Path, gap: int = 100, every: int = 5, firs
     shared = sum(len(group) for group, part in zip(groups, parts, strict=True) if len(part) == 2)
     print(f"{len(groups)} groups of {len(normal)} normal images; {shared} of groups that were in training and test")
     print(*(f"{part}/good: {sum(1 for _ in (output / part / 'good').iterdir())}" for part in ("train", "test")))
-
-
-def by_tile(files: list[Path], gap: int) -> list[list[Path]]:
-    """Groups of files that hold all pictures of a tile, in the order of their numbers."""
-    files = sorted(files, key=number)
-    starts = [0, *(i for i, (a, b) in enumerate(pairwise(files), 1) if number(b) - number(a) > gap), len(files)]
-    return [files[first:last] for first, last in pairwise(starts)]
-
-
-def number(file: Path) -> int:
-    found = NAME.match(file.name)
-    if found is None:
-        msg = f"{file} is not named as the magnetic tiles are, exp<exposure>_num_<number>"
-        raise ValueError(msg)
-    return int(found[1])
 
 
 def link(file: Path, folder: Path) -> None:

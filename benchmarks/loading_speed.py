@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether reading images keeps up with training, by number of workers, and what a cache would save.
 
-Run as ``python -m anomalib_fractalad.benchmark.loading_speed``.
+Run as ``python benchmarks/loading_speed.py``.
 """
 
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from anomalib.data import ImageBatch, PredictDataset
 from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
+from training_speed import training_speed
 
-from anomalib_fractalad.benchmark.training_speed import training_speed
+from anomalib_fractalad.benchmark.surroundings import quiet
 from anomalib_fractalad.data import SurfaceDefects
 
 
@@ -51,17 +49,30 @@ def loading_speed(
     Returns:
         Images per second by way of reading them, and of training.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(threads)
-    if images is None:
-        data = SurfaceDefects()
-        data.prepare_data()
-        data.setup()
-        dataset: Any = data.train_data
-    else:
-        dataset = PredictDataset(images)
+    dataset = _training_images() if images is None else PredictDataset(images)
     items = [dataset[i] for i in range(len(dataset))]
+    with quiet("lightning.pytorch"):
+        rates = _reading_rates(dataset, items, workers, batch_size, epochs)
+    step = training_speed(backbone, batch_size, image_size, steps, device, threads, models=("FractalAD",), memory=False)
+    rates["training"] = batch_size / step["FractalAD"]["step_s"]
+    height, width = items[0].image.shape[-2:]
+    print(f"{len(dataset)} images, the first of {height} x {width}, in batches of {batch_size}")
+    for name, rate in rates.items():
+        print(f"{name:18} {rate:9.1f} images/s", end="")
+        print(f" {rate / rates['training']:7.1f} x training" if name != "training" else "")
+    return rates
+
+
+def _training_images() -> Any:
+    data = SurfaceDefects()
+    data.prepare_data()
+    data.setup()
+    return data.train_data
+
+
+def _reading_rates(
+    dataset: Any, items: list[Any], workers: tuple[int, ...], batch_size: int, epochs: int
+) -> dict[str, float]:
     rates = {}
     for count in workers:
         loader: DataLoader[Any] = DataLoader(
@@ -72,13 +83,6 @@ def loading_speed(
         cast("Any", items), batch_size=batch_size, shuffle=True, collate_fn=ImageBatch.collate
     )
     rates["cache, 0 workers"] = _images_per_second(cached, len(dataset), epochs)
-    step = training_speed(backbone, batch_size, image_size, steps, device, threads, models=("FractalAD",), memory=False)
-    rates["training"] = batch_size / step["FractalAD"]["step_s"]
-    height, width = items[0].image.shape[-2:]
-    print(f"{len(dataset)} images, the first of {height} x {width}, in batches of {batch_size}")
-    for name, rate in rates.items():
-        print(f"{name:18} {rate:9.1f} images/s", end="")
-        print(f" {rate / rates['training']:7.1f} x training" if name != "training" else "")
     return rates
 
 

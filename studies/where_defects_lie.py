@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image AUROC by score and by where defects lie: how the figures of docs/results.md that go beyond anomalib's are made.
 
-python docs/where_defects_lie.py --checkpoint model.ckpt --root PATH
+python studies/where_defects_lie.py --checkpoint model.ckpt --root PATH
 """
 
 from pathlib import Path

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long AAND's stage II should be, chosen without test images: synthetic anomalies in normal training images.
+"""How long AAND's stage II should be, by synthetic defects in normal training images.
 
-python docs/choose_length.py --checkpoint model.ckpt --images PATH --held PATH
+python studies/choose_length.py --checkpoint model.ckpt --images PATH --held PATH
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from choose_model import evaluate
-from choose_stages import anomalies, read_images
+from common import SMALL, figures, make_defects, predict, read_images, table_row
 from jsonargparse import auto_cli
 from lightning import seed_everything
 from torch import Tensor
@@ -25,28 +25,34 @@ def choose_length(
     epochs: tuple[int, ...] = (6, 18),
     batch_size: int = 16,
     size: int = 256,
-) -> None:
-    """Print pixel AP and image AUROC of a student trained anew for each length, by kind of synthetic anomaly.
+) -> dict[int, list[tuple[float, float]]]:
+    """Print pixel AP and image AUROC of a student trained anew for each length, by kind of synthetic defect.
 
     The advanced teacher does not change in stage II, so that its features are computed once.
 
     Args:
         checkpoint: A trained AAND, whose amplifiers are taken.
         images: A folder of normal images to train on.
-        held: A folder of normal images that the model was not trained on, to make anomalies in.
+        held: A folder of normal images that the model was not trained on, to make defects in.
         epochs: Lengths of stage II to try.
         batch_size: Number of images in a batch.
         size: Height and width that images are resized to.
+
+    Returns:
+        The figures by length.
     """
     seed_everything(0)
     model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
     normal = read_images(sorted(held.iterdir()), size)
-    kinds = anomalies(normal)
+    kinds = make_defects(normal, SMALL)
     stages = advanced_features(model, sorted(images.iterdir()), size)
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
+    results = {}
     for length in epochs:
         train_student(model, stages, length, batch_size)
-        print(f"{length} epochs  {evaluate(model.eval(), normal, kinds)}", flush=True)
+        results[length] = figures(partial(predict, model.eval()), normal, kinds)
+        print(table_row(f"{length} epochs", results[length]), flush=True)
+    return results
 
 
 @torch.inference_mode()

@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """How sure a difference between two models on the magnetic tiles is: image AUROC with tiles drawn anew.
 
-python docs/bootstrap_by_tile.py --records "[a/jobs/x.json, b/jobs/y.json]"
+python studies/bootstrap_by_tile.py --records "[a/jobs/x.json, b/jobs/y.json]"
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
+from common import by_tile
 from jsonargparse import auto_cli
-from split_by_tile import by_tile
 from torch import Tensor, tensor
 from torchmetrics.functional.classification import binary_auroc
 
 
-def bootstrap_by_tile(records: tuple[Path, Path], gap: int = 100, draws: int = 2000) -> None:
-    """Print both image AUROCs, their difference, and its 95 % interval over draws of tiles, pictures of one together.
+def bootstrap_by_tile(records: tuple[Path, Path], gap: int = 100, draws: int = 2000) -> tuple[float, float, float]:
+    """Print both image AUROCs, and their difference with its 95 % interval over draws of whole tiles.
 
     Args:
         records: Records of two jobs of the comparison, in its output's ``jobs``, with the same test images.
-        gap: Pictures whose numbers lie further apart are of different tiles, normal and defective ones apart.
+        gap: Photographs whose numbers lie further apart are of different tiles, normal and defective ones apart.
         draws: Number of draws.
+
+    Returns:
+        The difference and the bounds of its interval.
     """
     first, second = (scores(record) for record in records)
     if first.keys() != second.keys():
@@ -32,7 +35,7 @@ def bootstrap_by_tile(records: tuple[Path, Path], gap: int = 100, draws: int = 2
         tiles.append(
             [np.array([(anomalous, first[str(n)][1], second[str(n)][1]) for n in g]) for g in by_tile(names, gap)]
         )
-    print(f"{len(tiles[0])} groups of normal pictures, {len(tiles[1])} of defective ones")
+    print(f"{len(tiles[0])} groups of normal photographs, {len(tiles[1])} of defective ones")
     areas = both_areas([np.concatenate(kind) for kind in tiles])
     random = np.random.default_rng(0)
     drawn = [
@@ -41,6 +44,7 @@ def bootstrap_by_tile(records: tuple[Path, Path], gap: int = 100, draws: int = 2
     ]
     low, high = np.percentile([a - b for a, b in drawn], [2.5, 97.5])
     print(f"{areas[0]:.3f} and {areas[1]:.3f}; difference {areas[0] - areas[1]:.3f}, 95 % from {low:.3f} to {high:.3f}")
+    return areas[0] - areas[1], float(low), float(high)
 
 
 def scores(record: Path) -> dict[str, tuple[bool, float]]:

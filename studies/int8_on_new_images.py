@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What INT8 costs, on far more pictures than a category of SurfaceDefects has: its painters paint new ones.
+"""What INT8 costs, on far more images than a category of SurfaceDefects has: its painters paint new ones.
 
-python docs/int8_on_new_pictures.py --float32 model.xml --int8 model_int8.xml --category moulded_part
+python studies/int8_on_new_images.py --float32 model.xml --int8 model_int8.xml --category moulded_part
 """
 
 from pathlib import Path
@@ -13,24 +13,24 @@ from openvino import Core
 from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-from anomalib_fractalad.benchmark.measure import FLOAT32
+from anomalib_fractalad.benchmark.exports import FLOAT32
 from anomalib_fractalad.data._painters import PAINTERS, paint
 
 SEED = 800  # far from those of the data set
 
 
-def int8_on_new_pictures(float32: Path, int8: Path, category: str, pictures: int = 200) -> None:
+def int8_on_new_images(float32: Path, int8: Path, category: str, images: int = 200) -> None:
     """Print the image AUROC of two exports of a model, computing in float32 and in what OpenVINO chooses.
 
     Args:
         float32: An exported model, .xml.
         int8: The same model, quantised.
         category: A category of SurfaceDefects.
-        pictures: Normal pictures, and as many with a defect, of all types and severities.
+        images: Normal images, and as many with a defect, of all types and severities.
     """
     defects = PAINTERS[category].DEFECTS
-    each = pictures // len(defects)
-    normal = [tensor(paint(category, (SEED, i)).image) for i in range(pictures)]
+    each = images // len(defects)
+    normal = [tensor(paint(category, (SEED, i)).image) for i in range(images)]
     flawed = [
         tensor(paint(category, (SEED + 1 + group, i), defect, 0.15 + 0.85 * i / (each - 1)).image)
         for group, defect in enumerate(defects)
@@ -49,9 +49,9 @@ def int8_on_new_pictures(float32: Path, int8: Path, category: str, pictures: int
 
 
 def tensor(image: np.ndarray) -> np.ndarray:
-    """A picture as the exported models take it, (1, 3, H, W), values in [0, 1]."""
+    """An image as the exported models take it, (1, 3, H, W), values in [0, 1]."""
     return to_dtype(to_image(image), torch.float32, scale=True)[None].numpy()
 
 
 if __name__ == "__main__":
-    auto_cli(int8_on_new_pictures, as_positional=False)
+    auto_cli(int8_on_new_images, as_positional=False)

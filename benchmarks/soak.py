@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hours of training, prediction and export in one process: do memory and open files level off?
 
-Run as ``python -m anomalib_fractalad.benchmark.soak --minutes 60 --output results/soak``.
+Run as ``python benchmarks/soak.py --minutes 60 --output results/soak``.
 """
 
 import csv
 import gc
-import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
-import torch
+import psutil
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.models import get_model
@@ -21,7 +19,7 @@ from jsonargparse import auto_cli
 from lightning import seed_everything
 from matplotlib.figure import Figure
 
-from anomalib_fractalad.benchmark.measure import working_directory
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, trusted_files, working_directory
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
@@ -45,12 +43,10 @@ def soak(
     """Train, test, predict and export the three models in turn until the time is up; then say whether resources grow.
 
     A round is one epoch of each model on SurfaceDefects, test and prediction of its test images, export to torch, ONNX
-    and OpenVINO, and a prediction by each exported model. After each round, and a garbage collection, a row is
-    added to OUTPUT/soak.csv: resident memory of the process, open file descriptors, threads, and child processes.
-    OUTPUT/soak.png shows the rows.
+    and OpenVINO, and a prediction by each exported model. After each round and a garbage collection, a row of resources
+    is added to OUTPUT/soak.csv. OUTPUT/soak.png shows the rows.
 
-    The verdict rests on straight lines (least squares) through the later half of the rounds: level means that memory
-    rises by less than 3 % along its line, and that open files, threads and child processes each rise by less than one.
+    The verdict rests on straight lines through the later half of the rounds: see :func:`verdict`.
 
     Args:
         minutes: Minutes after which no other round begins; two rounds are always run.
@@ -63,8 +59,6 @@ def soak(
     Returns:
         Whether all is level.
     """
-    torch.set_num_threads(threads)
-    os.environ["TRUST_REMOTE_CODE"] = "1"  # the torch exports are written and read here
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     datamodule = SurfaceDefects(output / "data", "metal_plate", num_workers=num_workers)
@@ -75,7 +69,12 @@ def soak(
         while len(rows) < 2 or time.monotonic() - start < 60 * minutes:
             for name in MODELS:
                 seed_everything(len(rows))
-                with TemporaryDirectory() as folder, working_directory(Path(folder)):
+                with (
+                    TemporaryDirectory() as folder,
+                    working_directory(Path(folder)),
+                    trusted_files(),
+                    cpu_threads(threads),
+                ):
                     _use(name, backbone, image_size, datamodule, Path(folder))
             rows.append({"round": len(rows) + 1, "minutes": (time.monotonic() - start) / 60, **resources()})
             writer.writerow(rows[-1])

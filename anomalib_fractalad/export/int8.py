@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8: the recipe, and the images that it is calibrated with; for any anomalib model."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
+from torch import Tensor
+from torchmetrics import Metric
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from anomalib_fractalad.transforms import FractalAnomalyGenerator
+
+from .memory import quiet
+
+if TYPE_CHECKING:
+    from openvino import Model
+
+CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+IMAGE_CHANNELS = 3
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class CalibrationImages(Sequence[Array]):
+    """Normal training images, each beside a copy with a fractal anomaly, read when they are asked for.
+
+    Normal images alone leave no room for the values that anomalies give: all scores come out alike. Which images are
+    taken, and their anomalies, depend on the seed alone.
+
+    Args:
+        dataset: The training images.
+        count: Number of images, anomalous ones included; fewer where there are not half as many normal ones.
+        seed: Seed of the choice and of the anomalies.
+    """
+
+    def __init__(self, dataset: Any, count: int, seed: int) -> None:
+        self.dataset = plain(dataset)
+        self.seed = seed
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        self.chosen: list[int] = order[: -(-count // 2)].tolist()
+        self.count = min(count, 2 * len(self.chosen))
+        self.generator = FractalAnomalyGenerator()
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read an image, (1, 3, H, W), values in [0, 1]; odd ones have an anomaly."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        image = self.dataset[self.chosen[position // 2]].image
+        if position % 2:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed + position)
+                image, _ = self.generator(image)
+        return image.unsqueeze(0).numpy()
+
+
+def calibration_images(datamodule: AnomalibDataModule, count: int = 300, seed: int = 0) -> Sequence[Array]:
+    """Images to calibrate INT8 with, from the training images: never those to validate or test with.
+
+    Args:
+        datamodule: The data; they are prepared and set up where they are not yet.
+        count: Number of images, at most; half of them have a fractal anomaly.
+        seed: Seed of the choice and of the anomalies.
+
+    Returns:
+        Arrays (1, 3, H, W), values in [0, 1], without the data module's augmentations: as inference sees images. They
+        are read one by one.
+
+    Raises:
+        ValueError: If ``count`` is below 2, or there are no training images.
+    """
+    if count < 2:
+        msg = f"count is {count}; calibration takes at least one normal and one anomalous image"
+        raise ValueError(msg)
+    dataset = _images(datamodule, "train_data")
+    if not len(dataset):
+        msg = "INT8 is calibrated with training images, and the data module has none"
+        raise ValueError(msg)
+    return CalibrationImages(dataset, count, seed)
+
+
+def plain(dataset: Any) -> Any:
+    """A data set without its augmentations.
+
+    Args:
+        dataset: A data set of anomalib's; it stays as it is.
+    """
+    if getattr(dataset, "augmentations", None) is None:
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.augmentations = None
+    return dataset
+
+
+def _images(datamodule: AnomalibDataModule | None, name: str) -> Any:
+    if datamodule is None:
+        msg = "INT8 is calibrated with training images: give the export a datamodule (with the program, --data)"
+        raise ValueError(msg)
+    if not hasattr(datamodule, name):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    return getattr(datamodule, name, ())
+
+
+def quantize(model: "Model", images: Iterable[Array]) -> "Model":
+    """Quantize the convolutions between features to INT8, by NNCF's post-training quantization.
+
+    Convolutions of images and of anomaly maps, with at most three channels, and what is no convolution stay in floating
+    point, which costs next to no time: faint defects are steps of one or two gray levels, and 256 levels over the range
+    of all images swallow them.
+
+    Args:
+        model: An exported network.
+        images: Arrays (1, 3, H, W), values in [0, 1], to calibrate with. Where the network takes one size of image,
+            they are resized to it, and where it takes a batch, each is repeated.
+
+    Returns:
+        The quantized network.
+
+    Raises:
+        ValueError: If values of the network are NaN, as are thresholds before a validation: OpenVINO could not load it.
+    """
+    import nncf  # noqa: PLC0415
+
+    _refuse_nan(model)
+    with quiet():
+        return nncf.quantize(
+            model,
+            nncf.Dataset(images, lambda image: _fit(image, model)),
+            subset_size=_length(images),
+            ignored_scope=_ignored_scope(model),
+            fast_bias_correction=False,
+        )
+
+
+def quantize_within_drop(
+    model: "Model",
+    datamodule: AnomalibDataModule,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> "Model":
+    """Quantize like :func:`quantize`, and take back what costs the metric more than a drop (NNCF's accuracy control).
+
+    Args:
+        model: An exported network.
+        datamodule: Training images to calibrate with, and validation images for the metric.
+        metric: A metric of anomalib's, the higher the better; left out, F1 of images.
+        max_drop: How much the metric may lose, in [0, 1].
+
+    Returns:
+        The quantized network.
+
+    Raises:
+        ValueError: If ``max_drop`` is out of range, there are no images, or values of the network are NaN.
+    """
+    import nncf  # noqa: PLC0415
+
+    check_compression(CompressionType.INT8_ACQ, datamodule, max_drop)
+    _refuse_nan(model)
+    images, validation = calibration_images(datamodule), _images(datamodule, "val_data")
+    metric = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
+    with quiet():
+        return nncf.quantize_with_accuracy_control(
+            model,
+            nncf.Dataset(images, lambda image: _fit(image, model)),
+            nncf.Dataset(_Items(plain(validation))),
+            _measure_with(metric, model),
+            max_drop=max_drop,
+            subset_size=_length(images),
+            ignored_scope=_ignored_scope(model),
+            fast_bias_correction=False,
+        )
+
+
+def compress(
+    model: "Model",
+    compression_type: CompressionType,
+    datamodule: AnomalibDataModule | None = None,
+    metric: Metric | None = None,
+    max_drop: float = 0.01,
+) -> "Model":
+    """Compress an exported network to INT8.
+
+    Args:
+        model: The network.
+        compression_type: ``INT8`` (weights alone), ``INT8_PTQ`` or ``INT8_ACQ``.
+        datamodule: Images for ``INT8_PTQ`` and ``INT8_ACQ``.
+        metric: For ``INT8_ACQ``; left out, F1 of images.
+        max_drop: For ``INT8_ACQ``: how much the metric may lose.
+
+    Returns:
+        The compressed network.
+    """
+    import nncf  # noqa: PLC0415
+
+    if compression_type == CompressionType.INT8:
+        with quiet():
+            return nncf.compress_weights(model, ignored_scope=_ignored_scope(model))
+    if compression_type == CompressionType.INT8_PTQ:
+        return quantize(model, calibration_images(datamodule))  # type: ignore[arg-type]
+    return quantize_within_drop(model, datamodule, metric, max_drop)  # type: ignore[arg-type]
+
+
+def check_compression(
+    compression_type: CompressionType | None,
+    datamodule: AnomalibDataModule | None,
+    max_drop: float,
+) -> None:
+    """Refuse, before a model is exported, what :func:`compress` would refuse afterwards.
+
+    Args:
+        compression_type: What to compress to.
+        datamodule: Its images.
+        max_drop: How much the metric may lose by ``INT8_ACQ``.
+
+    Raises:
+        ValueError: If there are no images, or ``max_drop`` is out of range.
+        ModuleNotFoundError: If NNCF is not installed.
+    """
+    if find_spec("nncf") is None:
+        msg = "compression to INT8 needs NNCF: install anomalib-fractalad[openvino]"
+        raise ModuleNotFoundError(msg)
+    if compression_type == CompressionType.INT8:
+        return
+    calibration_images(datamodule)  # type: ignore[arg-type]
+    if compression_type == CompressionType.INT8_ACQ:
+        if not 0 <= max_drop <= 1:
+            msg = f"max_drop is {max_drop}; it must be in [0, 1] (0.01 lets the metric lose one hundredth)"
+            raise ValueError(msg)
+        if not len(_images(datamodule, "val_data")):
+            msg = "INT8_ACQ measures on validation images, and the data module has none: choose another val_split_mode"
+            raise ValueError(msg)
+
+
+class _Items:
+    """Items of a data set, as an iterable."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Any:
+        return (self.dataset[i] for i in range(len(self.dataset)))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _measure_with(metric: Metric, model: "Model") -> Callable[[Any, Iterable[Any]], float]:
+    def measure(network: Any, items: Iterable[Any]) -> float:
+        metric.reset()
+        for item in items:
+            found = network(_fit(item.image.unsqueeze(0).numpy(), model))
+            outputs = {output.any_name: torch.from_numpy(values[:1]) for output, values in found.items()}
+            mask = None if item.gt_mask is None else item.gt_mask.unsqueeze(0)
+            if mask is not None and "anomaly_map" in outputs:
+                size = list(outputs["anomaly_map"].shape[-2:])
+                mask = resize(mask.float(), size, InterpolationMode.NEAREST_EXACT).bool()
+            fields = {key: outputs.get(key) for key in ("anomaly_map", "pred_mask", "pred_score", "pred_label")}
+            for key in ("pred_score", "pred_label"):
+                fields[key] = None if fields[key] is None else fields[key].flatten()  # type: ignore[union-attr]
+            label = torch.as_tensor(item.gt_label).flatten()
+            metric.update(ImageBatch(image=item.image.unsqueeze(0), gt_label=label, gt_mask=mask, **fields))
+        return float(metric.compute())
+
+    return measure
+
+
+def _refuse_nan(model: "Model") -> None:
+    constants = [node.data for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
+    if any(np.isnan(value).any() for value in constants if value.dtype.kind == "f"):
+        msg = "INT8 needs thresholds, and this model was never validated (or its weights are NaN): run engine.validate"
+        raise ValueError(msg)
+
+
+def _ignored_scope(model: "Model") -> Any:
+    import nncf  # noqa: PLC0415
+
+    operations = model.get_ordered_ops()
+    types = {operation.get_type_name() for operation in operations}
+    return nncf.IgnoredScope(
+        types=sorted(types - CONVOLUTIONS - {"Constant", "Parameter", "Result"}),
+        names=[
+            operation.get_friendly_name()
+            for operation in operations
+            if operation.get_type_name() in CONVOLUTIONS and _channels(operation) <= IMAGE_CHANNELS
+        ],
+        validate=False,
+    )
+
+
+def _channels(operation: Any) -> float:
+    channels = operation.get_input_partial_shape(0)[1]
+    return float(channels.get_length()) if channels.is_static else float("inf")
+
+
+def _fit(image: Array, model: "Model") -> Array:
+    """An image as the network takes it: of its size, where it has one, and as many as its batch."""
+    batch, _, *sides = model.input(0).get_partial_shape()
+    if all(side.is_static for side in sides):
+        size = [side.get_length() for side in sides]
+        if list(image.shape[-2:]) != size:
+            resized: Tensor = resize(torch.from_numpy(image), size, antialias=True)
+            image = resized.numpy()
+    return np.repeat(image, batch.get_length(), axis=0) if batch.is_static else image
+
+
+def _length(images: Iterable[Array]) -> int:
+    return len(images) if isinstance(images, Sequence) else 300
