@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from anomalib_fractalad.registration import MODELS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
