@@ -23,6 +23,11 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 torch.set_num_threads(1)  # the tests' networks are tiny: threads cost more than they gain
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what is slow: begun last, it would keep one process busy while the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

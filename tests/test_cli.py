@@ -16,6 +16,8 @@ from docstring_parser import parse
 import anomalib_fractalad
 from anomalib_fractalad.registration import MODELS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.backbone", "test_resnet", "--model.pre_trained", "false"]
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from anomalib_fractalad import SurfaceDefects
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CATEGORY = "metal_plate"
 

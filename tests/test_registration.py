@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CHECK = """
 import anomalib.data, anomalib.models
 from anomalib.data import SurfaceDefects
@@ -47,12 +49,32 @@ print("registered")
 """
 
 
-# Imports what of anomalib's dependencies needs no torch, once, and runs each case in a fork.
+# Imports torch and what of anomalib's dependencies needs no torch, once, and runs each case in a fork. There, the first
+# import of torch finds it ready, and then loads the packages that announce themselves to torch, as a real import does.
 FORKS = """
-import json, os, sys, traceback, warnings
+import importlib.abc, importlib.machinery, json, os, sys, traceback, warnings
 import kornia_rs, matplotlib.pyplot, mpmath, numpy, omegaconf, pandas, PIL.Image, scipy.signal, sklearn.base, sympy
-heavy = {"torch", "anomalib", "anomalib_fractalad", "lightning", "timm", "kornia", "wrapt"} & sys.modules.keys()
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch, torch._dynamo, torch.onnx, torch.utils.data
+del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+heavy = {"anomalib", "anomalib_fractalad", "lightning", "timm", "kornia", "wrapt"} & sys.modules.keys()
 assert not heavy, heavy
+
+class Torch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    spec = torch.__spec__
+
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name == "torch" else None
+
+    def create_module(self, spec):
+        return torch
+
+    def exec_module(self, module):
+        sys.meta_path.remove(self)
+        module.__spec__ = self.spec
+        if module._is_device_backend_autoload_enabled():
+            module._import_device_backends()
+
 for line in sys.stdin:
     case = json.loads(line)
     if (child := os.fork()) == 0:
@@ -61,6 +83,8 @@ for line in sys.stdin:
         os.dup2(output, 2)
         os.environ |= case["environment"]
         warnings.simplefilter("error", RuntimeWarning)
+        del sys.modules["torch"]
+        sys.meta_path.insert(0, Torch())
         try:
             exec(case["code"], {"__name__": "__main__"})
         except BaseException:
@@ -121,6 +145,12 @@ def test_every_import_order(first: str, run: Run) -> None:
 def test_repairs_for_every_model_and_for_none(reach: str, run: Run) -> None:
     result = run(f"import anomalib.engine\n{CHECK}", ANOMALIB_FRACTALAD_REPAIRS=reach)
     assert result.endswith("registered\n"), result
+
+
+def test_a_process_that_is_no_fork() -> None:
+    code = f"import anomalib.models\n{CHECK}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("registered\n"), done.stderr
 
 
 def test_without_torch_autoload_importing_the_package_is_enough(run: Run) -> None:

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from anomalib_fractalad.registration import MODELS
 from anomalib_fractalad.training.callbacks import warn_of_repetitions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,8 @@ from test_all_models import small_model
 from anomalib_fractalad import FractalAD
 from anomalib_fractalad.registration import MODELS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
