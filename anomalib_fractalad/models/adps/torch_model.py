@@ -100,10 +100,8 @@ class ADPSModel(nn.Module):
         tile = (self.tiler.tile_size_h, self.tiler.tile_size_w)
         self.student.check_size(tile, "tile")
         if size is not None and (size[0] < tile[0] or size[1] < tile[1]):
-            msg = (
-                f"an image of {size[0]}x{size[1]} (height x width) is smaller than a tile of {tile[0]}x{tile[1]}. Take "
-                "smaller tiles (tile_size), or resize to a larger image in the pre-processor."
-            )
+            sizes = f"an image of {size[0]}x{size[1]} (height x width) is smaller than a tile of {tile[0]}x{tile[1]}"
+            msg = f"{sizes}. Take smaller tiles (tile_size), or resize to a larger image in the pre-processor."
             raise ValueError(msg)
 
     def predict_map(self, images: Tensor) -> Tensor:
@@ -145,8 +143,7 @@ class ADPSModel(nn.Module):
         Returns:
             Logits (B, 2, H, W), normal and anomalous.
         """
-        logits: Tensor = self.decoder(list(map(weight_mask_block, teacher, distances)))
-        return logits
+        return self.decoder(list(map(weight_mask_block, teacher, distances)))  # type: ignore[no-any-return]
 
 
 def weight_mask_block(teacher: Tensor, distance: Tensor) -> Tensor:
@@ -219,10 +216,9 @@ class PatchStudent(Backbone):
             nearest = " or ".join(dict.fromkeys((smaller, larger)))
             fix = f"Take tiles of {nearest}" if what == "tile" else f"Resize to {nearest} in the pre-processor"
             msg = (
-                f"{'an image' if what == 'image' else 'a tile'} of {size[0]}x{size[1]} (height x width) cannot be "
-                f"divided into {self.patches} x {self.patches} patches (patches={self.patches}): its sides must be "
-                f"multiples of {multiple}, patches times the stride of the coarsest features. {fix}, or choose fewer "
-                "patches."
+                f"{'an' if what == 'image' else 'a'} {what} of {size[0]}x{size[1]} (height x width) cannot be divided "
+                f"into {self.patches} x {self.patches} patches (patches={self.patches}): its sides must be multiples "
+                f"of {multiple}, patches times the stride of the coarsest features. {fix}, or choose fewer patches."
             )
             raise ValueError(msg)
 
