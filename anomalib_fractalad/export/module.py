@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import Transform
 from .int8 import check_compression, compress
 from .memory import leave_nothing_behind, quiet
 from .networks import exportable
-from .openvino import decide_constant_choices
+from .openvino import decide_constant_choices, mark_as_own
 from .pre_processing import exportable_transform, is_frozen, network_size, resizes
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
@@ -200,7 +200,7 @@ class ExportModule(_Base):
         arguments: dict[str, Any] = {"input_size": input_size, "ov_kwargs": ov_kwargs, "onnx_kwargs": onnx_kwargs}
         if compression_type in (None, CompressionType.FP16):
             arguments["compression_type"] = compression_type
-            return super().to_openvino(export_root, model_file_name, **arguments)
+            return mark_as_own(super().to_openvino(export_root, model_file_name, **arguments))
         check_compression(compression_type, datamodule, max_drop)
         import openvino  # noqa: PLC0415
 
@@ -211,7 +211,7 @@ class ExportModule(_Base):
         target = Path(export_root) / "weights" / ExportType.OPENVINO.value / f"{model_file_name}.xml"
         target.parent.mkdir(parents=True, exist_ok=True)
         openvino.save_model(network, target, compress_to_fp16=False)
-        return target
+        return mark_as_own(target)
 
     @staticmethod
     def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":

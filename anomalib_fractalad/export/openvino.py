@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What conversion to OpenVINO needs beyond anomalib's."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from anomalib_fractalad import __version__
 
 if TYPE_CHECKING:
     from openvino.frontend.onnx import ConversionExtension
@@ -30,3 +33,19 @@ def decide_constant_choices() -> "ConversionExtension":
         return list(choice.outputs())
 
     return ConversionExtension("Where", where)
+
+
+def mark_as_own(file: Path) -> Path:
+    """Note in an OpenVINO file that this package wrote it, for the repair of what reads images for it.
+
+    Args:
+        file: The .xml file.
+
+    Returns:
+        The same.
+    """
+    text = file.read_text()
+    head, section, tail = text.rpartition("<rt_info>")
+    if section:
+        file.write_text(f'{head}{section}\n\t\t<anomalib_fractalad value="{__version__}" />{tail}')
+    return file

@@ -13,7 +13,7 @@ _ORIGINAL = "_anomalib_fractalad_original"
 
 
 @cache
-def _repaired(kind: type) -> type:
+def _repaired(kind: Any) -> type:
     """The class of data sets that reads as ``kind`` does, but by this package's readers.
 
     A second base class would change the layout of its objects, and Python would not let a data set change its class.
@@ -28,7 +28,12 @@ def _repaired(kind: type) -> type:
     def reduce(dataset: Any) -> tuple[Any, ...]:  # for workers that are spawned
         return _rebuild, (kind, dict(dataset.__dict__))
 
-    content = {"__getitem__": get_item, "__reduce__": reduce, "__module__": kind.__module__, _ORIGINAL: kind}
+    content: dict[str, Any] = {
+        "__getitem__": get_item,
+        "__reduce__": reduce,
+        "__module__": kind.__module__,
+        _ORIGINAL: kind,
+    }
     return type(kind.__name__, (kind,), content)
 
 

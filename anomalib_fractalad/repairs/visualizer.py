@@ -9,7 +9,7 @@ from .base import acts
 from .drawn_images import DRAWN_IMAGES, drawn_as_read
 
 
-class RepairedImageVisualizer(ImageVisualizer):  # type: ignore[misc]
+class RepairedImageVisualizer(ImageVisualizer):
     """Draws heat maps on gray images of more than 8 bits as on those of 8 bits."""
 
     def visualize(self, predictions: Any) -> Any:
