@@ -20,6 +20,7 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
@@ -37,7 +38,7 @@ def attempt(run):
         print(type(error).__name__, error)
 shared = data("good")
 shared.prepare_data()
-shared.setup()
+shared.setup(TrainerFn.FITTING)
 if sys.argv[2:]:
     import anomalib_fractalad
     kind = anomalib_fractalad.FractalAD
