@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pixel threshold from normal images, for validation without masks."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,7 +22,7 @@ class NormalPixelThreshold(Metric):
         false_positive_rate: Share of the pixels that may exceed the threshold, above 0 and below 1.
     """
 
-    full_state_update: ClassVar[bool] = False
+    full_state_update = False
     counts: Tensor
     defect_pixels: Tensor
 

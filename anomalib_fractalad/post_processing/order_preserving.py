@@ -2,7 +2,7 @@
 """anomalib's post-processing, with a normalization that keeps the order of all scores."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -17,7 +17,7 @@ from .normalization import normalize
 logger = logging.getLogger(__name__)
 
 
-class OrderPreservingPostProcessor(PostProcessor):  # type: ignore[misc]
+class OrderPreservingPostProcessor(PostProcessor):
     """Thresholds and normalizes as anomalib does, without making different scores equal.
 
     anomalib cuts normalized scores and maps off at 0 and 1, half the range of validation away from the threshold. Here
@@ -28,8 +28,8 @@ class OrderPreservingPostProcessor(PostProcessor):  # type: ignore[misc]
     Where no mask of validation shows a defect, the pixel threshold is the value that a small share of the pixels of
     normal validation images exceeds. Without normal images either, it is the image threshold, as in anomalib.
 
-    Before a validation there are no thresholds: scores and maps are raw, and predictions have no labels and masks
-    (networks exported to ONNX and OpenVINO compare raw scores with ``1 - sensitivity``).
+    Before a validation there are no thresholds: scores and maps are raw, and tests and predictions have no labels and
+    masks (exported networks compare raw scores with ``1 - sensitivity``).
 
     Args:
         enable_normalization: Normalize scores and maps. Without it, they are compared with the raw thresholds, and the
@@ -144,11 +144,11 @@ class OrderPreservingPostProcessor(PostProcessor):  # type: ignore[misc]
         ):
             metric.reset()
 
-    def on_validation_batch_end(
+    def on_validation_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
+        outputs: Batch[Any],
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -191,24 +191,20 @@ class OrderPreservingPostProcessor(PostProcessor):  # type: ignore[misc]
             predictions: Raw scores (B,) or (B, 1) and anomaly maps (B, 1, H, W), at least one of them.
 
         Returns:
-            Scores and maps in [0, 1], and labels and masks, boolean; raw and without labels and masks before a
-            validation.
+            Scores and maps in [0, 1], and labels and masks, boolean. Before a validation, scores and maps are raw, and
+            labels and masks mean nothing: an exported network, which this is, cannot leave them out.
 
         Raises:
             ValueError: If there are neither scores nor maps.
         """
         processed = super().forward(predictions)
         if processed.pred_score is None:  # anomalib forgets it without normalization
-            score = torch.amax(processed.anomaly_map, dim=(-2, -1))
+            score = torch.amax(cast("Tensor", processed.anomaly_map), dim=(-2, -1))
             label = self._apply_threshold(score, self.normalized_image_threshold) if self.enable_thresholding else None
             processed = processed._replace(pred_score=score, pred_label=label)
-        if torch.compiler.is_compiling():  # an exported network cannot leave its labels out
-            return processed
-        if self.image_threshold.isnan():
-            processed = processed._replace(pred_label=None)
-        return processed._replace(pred_mask=None) if self.pixel_threshold.isnan() else processed
+        return processed
 
-    def threshold_batch(self, batch: Batch) -> None:
+    def threshold_batch(self, batch: Batch[Any]) -> None:
         """Predict labels and masks, where there are thresholds.
 
         Args:
