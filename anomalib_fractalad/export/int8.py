@@ -45,12 +45,12 @@ class CalibrationImages(Sequence[Array]):
         self.seed = seed
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         self.chosen: list[int] = order[: -(-count // 2)].tolist()
-        self.count = min(count, 2 * len(self.chosen))
+        self.total = min(count, 2 * len(self.chosen))
         self.generator = FractalAnomalyGenerator()
 
     def __len__(self) -> int:
         """Number of images."""
-        return self.count
+        return self.total
 
     def __getitem__(self, index: Any) -> Any:
         """Read an image, (1, 3, H, W), values in [0, 1]; odd ones have an anomaly."""
@@ -266,9 +266,11 @@ def _measure_with(metric: Metric, model: "Model") -> Callable[[Any, Iterable[Any
             if mask is not None and "anomaly_map" in outputs:
                 size = list(outputs["anomaly_map"].shape[-2:])
                 mask = resize(mask.float(), size, InterpolationMode.NEAREST_EXACT).bool()
-            fields = {key: outputs.get(key) for key in ("anomaly_map", "pred_mask", "pred_score", "pred_label")}
+            fields: dict[str, Any] = {
+                key: outputs.get(key) for key in ("anomaly_map", "pred_mask", "pred_score", "pred_label")
+            }
             for key in ("pred_score", "pred_label"):
-                fields[key] = None if fields[key] is None else fields[key].flatten()  # type: ignore[union-attr]
+                fields[key] = None if fields[key] is None else fields[key].flatten()
             label = torch.as_tensor(item.gt_label).flatten()
             metric.update(ImageBatch(image=item.image.unsqueeze(0), gt_label=label, gt_mask=mask, **fields))
         return float(metric.compute())
