@@ -12,11 +12,11 @@ from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
 from anomalib.models.components.base.export_mixin import ExportMixin
 from conftest import FLOAT32, make_tiles, small_engine, small_model, tile_arguments
-from openvino import Core, Model, convert_model, opset13
+from openvino import Core, Model, PartialShape, convert_model, opset13
 from openvino.frontend.onnx import ConversionExtension
 from torchvision.transforms.v2 import ColorJitter
 
-from anomalib_fractalad.export.int8 import CONVOLUTIONS, calibration_images, compress, quantize
+from anomalib_fractalad.export.int8 import CONVOLUTIONS, calibration_images, compress, fit, quantize
 from anomalib_fractalad.export.memory import generated_code, symbolic_shapes
 from anomalib_fractalad.export.openvino import decide_constant_choices
 from anomalib_fractalad.models.components import DistillationModule
@@ -101,7 +101,9 @@ def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp
         expected = model.eval()(images).anomaly_map
     found = torch.from_numpy(predict(images.numpy())[output])
     assert not torch.allclose(found, expected, atol=1e-6)
-    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.99
+    assert (
+        torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
+    )  # calibrated with other images
 
 
 def test_calibration_images_are_training_images_and_each_has_an_anomalous_copy(tile_root: Path) -> None:
@@ -133,20 +135,19 @@ def make_dataset(root: Path) -> Any:
 
 
 def test_the_other_kinds_of_int8_take_the_same_convolutions(tiles: Folder, tmp_path: Path) -> None:
-    """And a network of one size and batch is calibrated with images of another, its batch filled up."""
+    """And a network of one size and batch is calibrated with images of another size."""
     model = small_model("FractalAD")
     small_engine(tmp_path).validate(model, datamodule=tiles)  # for the thresholds
     file = model.to_openvino(tmp_path, input_size=(72, 80), onnx_kwargs={"dynamic_shapes": None})
     network = Core().read_model(file)
     assert network.input(0).shape == [1, 3, 72, 80]
-    network.reshape([2, 3, 72, 80])
     kinds = {
         kind: compress(network.clone(), kind, tiles, F1Score(["pred_label", "gt_label"]))
         for kind in CompressionType
         if "int8" in kind.value
     }
     assert len(kinds) == 3
-    images = np.random.default_rng(0).random((2, 3, 72, 80), dtype=np.float32)
+    images = np.random.default_rng(0).random((1, 3, 72, 80), dtype=np.float32)
     expected = Core().compile_model(network, "CPU", FLOAT32)(images)["anomaly_map"]
     for kind, compressed in kinds.items():
         for operation in compressed.get_ordered_ops():
@@ -156,6 +157,16 @@ def test_the_other_kinds_of_int8_take_the_same_convolutions(tiles: Folder, tmp_p
         found = Core().compile_model(compressed, "CPU", FLOAT32)(images)["anomaly_map"]
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95, kind
         assert not np.array_equal(found, expected), kind
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [([2, 3, 8, 9], (2, 3, 8, 9)), ([-1, 3, 8, 9], (1, 3, 8, 9)), ([2, 3, -1, -1], (2, 3, 5, 6))],
+)
+def test_images_are_brought_to_what_a_network_takes(shape: list[int], expected: tuple[int, ...]) -> None:
+    image = opset13.parameter(PartialShape(shape), name="image")
+    network = Model([opset13.relu(image)], [image])
+    assert fit(np.zeros((1, 3, 5, 6), dtype=np.float32), network).shape == expected
 
 
 @pytest.mark.parametrize("kind", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
