@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from anomalib.data import Folder
-from anomalib.data.utils import read_image
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from PIL import Image
+
+import anomalib_fractalad
 
 SIZE = 64
 # A processor with bfloat16 would make OpenVINO compute in it.
@@ -99,6 +99,13 @@ def small_engine(root: Path, **arguments: Any) -> Engine:
     return Engine(default_root_dir=root, **{**defaults, **arguments})
 
 
+def small_model(name: str, **arguments: Any) -> Any:
+    extra = {"patches": 2} if name == "ADPS" else {}
+    kind = getattr(anomalib_fractalad, name)
+    size = {"pre_processor": kind.configure_pre_processor((64, 64))}
+    return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **{**extra, **size, **arguments})
+
+
 def assert_same_weights(one: Any, other: Any) -> None:
     for (name, ours), theirs in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -117,45 +124,6 @@ def assert_same_prediction(prediction: Any, reference: Any) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0, check_stride=False)
     ours, theirs = (torch.as_tensor(result.pred_label).flatten() for result in (prediction, reference))
     assert torch.equal(ours, theirs)
-
-
-def export_everywhere(engine: Engine, folder: Path, input_size: tuple[int, int] | None = None) -> list[Path]:
-    """Export a model for torch, ONNX and OpenVINO; the slow part of the last two, which is the same, is done once."""
-    done: list[tuple[str, Any]] = []
-
-    def export_once(f: str, **arguments: Any) -> None:
-        wanted = str({**arguments, "args": [image.shape for image in arguments["args"]]})
-        if not done:
-            done.append((wanted, export(f=f, **arguments)))
-            return
-        ((given, program),) = done
-        assert wanted == given
-        program.save(f, external_data=True)
-
-    export = torch.onnx.export
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", export_once)
-        kinds = (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
-        return [engine.export(engine.model, kind, export_root=folder, input_size=input_size) for kind in kinds]
-
-
-def assert_one_score_everywhere(
-    engine: Engine,
-    image: Path,
-    folder: Path,
-    capfd: pytest.CaptureFixture[str],
-    input_size: tuple[int, int] | None = None,
-) -> tuple[Any, Path]:
-    """Predict an image in all runtimes; gives Lightning's prediction and the ONNX file."""
-    (lightning,) = engine.predict(engine.model, data_path=image)
-    torch_file, onnx_file, openvino_file = export_everywhere(engine, folder, input_size)
-    printed = "".join(capfd.readouterr())
-    assert "Traceback" not in printed
-    assert "failed" not in printed.lower()
-    assert_same_prediction(TorchInferencer(torch_file, device="cpu").predict(image), lightning)
-    assert_same_prediction(in_onnx_runtime(onnx_file, read_image(image, as_tensor=True).unsqueeze(0)), lightning)
-    assert_same_prediction(OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image), lightning)
-    return lightning, onnx_file
 
 
 ODD_FOLDER = "odd pictures 部品 ящик é"  # spaces and letters that are not Latin

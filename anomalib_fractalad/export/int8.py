@@ -45,12 +45,12 @@ class CalibrationImages(Sequence[Array]):
         self.seed = seed
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         self.chosen: list[int] = order[: -(-count // 2)].tolist()
-        self.count = min(count, 2 * len(self.chosen))
+        self.total = min(count, 2 * len(self.chosen))
         self.generator = FractalAnomalyGenerator()
 
     def __len__(self) -> int:
         """Number of images."""
-        return self.count
+        return self.total
 
     def __getitem__(self, index: Any) -> Any:
         """Read an image, (1, 3, H, W), values in [0, 1]; odd ones have an anomaly."""
@@ -137,7 +137,7 @@ def quantize(model: "Model", images: Iterable[Array]) -> "Model":
     with quiet():
         return nncf.quantize(
             model,
-            nncf.Dataset(images, lambda image: _fit(image, model)),
+            nncf.Dataset(images, lambda image: fit(image, model)),
             subset_size=_length(images),
             ignored_scope=_ignored_scope(model),
             fast_bias_correction=False,
@@ -173,7 +173,7 @@ def quantize_within_drop(
     with quiet():
         return nncf.quantize_with_accuracy_control(
             model,
-            nncf.Dataset(images, lambda image: _fit(image, model)),
+            nncf.Dataset(images, lambda image: fit(image, model)),
             nncf.Dataset(_Items(plain(validation))),
             _measure_with(metric, model),
             max_drop=max_drop,
@@ -260,15 +260,14 @@ def _measure_with(metric: Metric, model: "Model") -> Callable[[Any, Iterable[Any
     def measure(network: Any, items: Iterable[Any]) -> float:
         metric.reset()
         for item in items:
-            found = network(_fit(item.image.unsqueeze(0).numpy(), model))
+            found = network(fit(item.image.unsqueeze(0).numpy(), model))
             outputs = {output.any_name: torch.from_numpy(values[:1]) for output, values in found.items()}
             mask = None if item.gt_mask is None else item.gt_mask.unsqueeze(0)
             if mask is not None and "anomaly_map" in outputs:
                 size = list(outputs["anomaly_map"].shape[-2:])
                 mask = resize(mask.float(), size, InterpolationMode.NEAREST_EXACT).bool()
-            fields = {key: outputs.get(key) for key in ("anomaly_map", "pred_mask", "pred_score", "pred_label")}
-            for key in ("pred_score", "pred_label"):
-                fields[key] = None if fields[key] is None else fields[key].flatten()  # type: ignore[union-attr]
+            fields: dict[str, Any] = {key: outputs[key] for key in {"anomaly_map", "pred_mask"} & outputs.keys()}
+            fields |= {key: outputs[key].flatten() for key in {"pred_score", "pred_label"} & outputs.keys()}
             label = torch.as_tensor(item.gt_label).flatten()
             metric.update(ImageBatch(image=item.image.unsqueeze(0), gt_label=label, gt_mask=mask, **fields))
         return float(metric.compute())
@@ -304,8 +303,16 @@ def _channels(operation: Any) -> float:
     return float(channels.get_length()) if channels.is_static else float("inf")
 
 
-def _fit(image: Array, model: "Model") -> Array:
-    """An image as the network takes it: of its size, where it has one, and as many as its batch."""
+def fit(image: Array, model: "Model") -> Array:
+    """An image as the network takes it: of its size, where it has one, and as many as its batch.
+
+    Args:
+        image: (1, 3, H, W).
+        model: The network.
+
+    Returns:
+        (B, 3, H', W').
+    """
     batch, _, *sides = model.input(0).get_partial_shape()
     if all(side.is_static for side in sides):
         size = [side.get_length() for side in sides]

@@ -201,6 +201,7 @@ class ExportModule(_Base):
         if compression_type in (None, CompressionType.FP16):
             arguments["compression_type"] = compression_type
             return mark_as_own(super().to_openvino(export_root, model_file_name, **arguments))
+        compression_type = CompressionType(compression_type)  # a program may give its value
         check_compression(compression_type, datamodule, max_drop)
         import openvino  # noqa: PLC0415
 

@@ -67,7 +67,7 @@ class AntialiasedResize(MatrixTransform):
         # Whole numbers up to the last step: OpenVINO may compute in bfloat16, which cannot hold positions beyond 256.
         position = (2 * torch.arange(length, device=like.device) + 1) * target
         center = ((2 * torch.arange(target, device=like.device) + 1) * length).unsqueeze(1)
-        reach = 2 * torch.sym_max(length, target)
+        reach: Any = 2 * torch.sym_max(length, target)
         distance = (position - center).abs()
         if self.cubic:
             weights = cubic_kernel(distance.to(like.dtype) / reach)
@@ -91,14 +91,14 @@ def resized_size(height: int, width: int, size: tuple[int, ...] | None, max_size
     if size is not None and len(size) == 2:
         return size[0], size[1]
     if size is not None:
-        shorter = torch.sym_min(height, width)
+        shorter: Any = torch.sym_min(height, width)
         height, width = size[0] * height // shorter, size[0] * width // shorter
         if max_size is None:
             return height, width
-        longest = torch.sym_min(torch.sym_max(height, width), max_size)
+        longest: Any = torch.sym_min(torch.sym_max(height, width), max_size)
     else:
-        longest = max_size  # type: ignore[assignment]
-    longer = torch.sym_max(height, width)
+        longest = max_size
+    longer: Any = torch.sym_max(height, width)
     return height * longest // longer, width * longest // longer
 
 
@@ -147,7 +147,7 @@ class MatrixSquarePad(MatrixTransform):
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """A square of the longer side."""
-        side = torch.sym_max(height, width)
+        side: Any = torch.sym_max(height, width)
         return side, side
 
     def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class FixedResize(MatrixTransform):
     def forward(self, image: Tensor) -> Tensor:
         """Resize (B, C, H, W)."""
         rows, columns = self.rows.to(image.dtype), self.columns.to(image.dtype)
-        transformed = rows @ image.flatten(end_dim=-3) @ columns.T
+        transformed: Tensor = rows @ image.flatten(end_dim=-3) @ columns.T
         return transformed.reshape(*image.shape[:-2], *self.resized)
 
 

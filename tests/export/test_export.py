@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One score everywhere: 200 pictures in every runtime, exported in a process of their own from a checkpoint."""
+"""One score everywhere: 200 images in every runtime, exported in a process of their own from a checkpoint.
 
+Each kind of model is trained once; what needs no training is exported as it is.
+"""
+
+import logging
 import os
 import subprocess
 import sys
@@ -10,18 +14,33 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.data.transforms import SquarePad
 from anomalib.data.utils import read_image
+from anomalib.data.utils.tiler import Tiler
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import FLOAT32, make_odd_pictures, save, small_engine
-from torchvision.transforms.v2 import Resize
+from conftest import (
+    FLOAT32,
+    assert_same_prediction,
+    in_onnx_runtime,
+    make_odd_pictures,
+    save,
+    small_engine,
+    small_model,
+)
+from openvino import Core, convert_model
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 import anomalib_fractalad
+from anomalib_fractalad.export.memory import CHATTY, generated_code, leave_nothing_behind, symbolic_shapes
+from anomalib_fractalad.export.networks import MatrixUpsample, exportable
+from anomalib_fractalad.models.components import AlignedUpsample, Upsample
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
 
@@ -30,6 +49,11 @@ SIZES = [(64, 64), (48, 48), (100, 150), (41, 33), (8, 200), (300, 17), (96, 64)
 TOLERANCE = {"TorchInferencer": 1e-3, "ONNX Runtime": 1e-3, "OpenVINO FP32": 1e-3, "OpenVINO FP16": 1e-2}
 THRESHOLD = 0.65  # of normalised scores; that of briefly trained models would call nearly all pictures anomalous
 DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95, "OpenVINO FP16": 0.85}
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "ADPS": {"patches": 2, "split_layers": [4], "smoothing": 2.0, "learning_rate": 1e-3},
+    "FractalAD": {"score": "top"},
+}
 
 # Every exporter in turn; the slow part of three of them, the same each time, is done once.
 EXPORT = """
@@ -106,7 +130,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[st
             visualizer=False,
             pre_processor=PreProcessor(Resize((64, 64), antialias=True)),
             post_processor=OrderPreservingPostProcessor(image_sensitivity=1 - THRESHOLD),
-            **({"patches": 2, "learning_rate": 1e-3} if name == "ADPS" else {}),
+            **EXTRA.get(name, {}),
         )
         data = Folder(
             name="pictures",
@@ -150,13 +174,13 @@ def runtimes(folder: Path) -> dict[str, Callable[[Path], Any]]:
     session = onnxruntime.InferenceSession(weights / "onnx/model.onnx")
     names = [output.name for output in session.get_outputs()]
 
-    def in_onnx_runtime(path: Path) -> SimpleNamespace:
+    def predict(path: Path) -> SimpleNamespace:
         image = read_image(path, as_tensor=True).unsqueeze(0).numpy()
         return SimpleNamespace(**dict(zip(names, session.run(None, {"input": image}), strict=True)))
 
     return {
         "TorchInferencer": TorchInferencer(weights / "torch/model.pt", device="cpu").predict,
-        "ONNX Runtime": in_onnx_runtime,
+        "ONNX Runtime": predict,
         "OpenVINO FP32": OpenVINOInferencer(weights / "openvino/model.xml", "CPU", FLOAT32).predict,
         "OpenVINO FP16": OpenVINOInferencer(weights / "openvino/fp16.xml", "CPU", FLOAT32).predict,
     }
@@ -204,3 +228,107 @@ def test_training_goes_on_in_training_mode_after_an_export(name: str, tiles: Fol
     moved = {key.partition(".")[0] for key, mean in means.items() if not torch.equal(model.model.get_buffer(key), mean)}
     assert "student" in moved
     assert "teacher" not in moved
+
+
+FIXED = {
+    "FractalAD": {"backbone": "test_resnet", "distillation": False},
+    "ADPS": {"backbone": "test_resnet", "patches": 2, "split_layers": [4]},
+    "AAND": {"backbone": "resnet18"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_for_one_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a pre-processor that keeps proportions, and for one size of image only."""
+    monkeypatch.chdir(tmp_path)
+    transform = Compose([SquarePad(), Resize(64, antialias=False), CenterCrop((64, 64))])
+    model = getattr(anomalib_fractalad, name)(
+        pre_trained=False, visualizer=False, pre_processor=PreProcessor(transform), **FIXED[name]
+    ).eval()
+    before = str(model)
+    file = model.to_openvino(tmp_path, input_size=(100, 150))
+    assert str(model) == before
+    images = torch.rand(1, 3, 100, 150)
+    with torch.no_grad():
+        expected = model(images)
+    assert_same_prediction(OpenVINOInferencer(file, "CPU", FLOAT32).predict(images), expected)
+
+
+def test_a_shorter_side_is_exported_for_any_size(tmp_path: Path) -> None:
+    transform = Resize(64, max_size=90)
+    off = PostProcessor(enable_normalization=False, enable_thresholding=False)
+    settings = {"pre_processor": PreProcessor(transform), "post_processor": off, "distillation": False}
+    model = small_model("FractalAD", **settings).eval()
+    file = model.to_onnx(tmp_path)
+    session = onnxruntime.InferenceSession(file)
+    names = [output.name for output in session.get_outputs()]
+    in_openvino = Core().compile_model(convert_model(file), "CPU", FLOAT32)
+    for size in [(96, 144), (144, 96), (100, 100), (40, 30), (512, 97)]:
+        images = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            expected = model.model(transform(images)).anomaly_map
+        in_runtime = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))["anomaly_map"]
+        torch.testing.assert_close(torch.from_numpy(in_runtime), expected, atol=1e-3, rtol=0)
+        found = in_openvino(images.numpy())["anomaly_map"]
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-3, rtol=0)
+
+
+def test_without_a_pre_processor_fractalad_takes_any_size_and_batch(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    model = anomalib_fractalad.FractalAD(
+        backbone="test_resnet", pre_trained=False, score="top", pre_processor=False, visualizer=False
+    )
+    chatty = {name: logging.getLogger(name).level for name in CHATTY}
+    caplog.set_level(logging.INFO)  # as in anomalib's program
+    file = model.eval().to_onnx(tmp_path, opset_version=19)
+    printed = "".join(capfd.readouterr()).lower()
+    assert "traceback" not in printed
+    assert "failed" not in printed
+    assert "[torch.onnx]" not in printed  # its progress
+    assert [entry.version for entry in onnx.load(file).opset_import if not entry.domain] == [19]
+    assert "FractalAD was never validated, so it has no thresholds: exported, it compares raw scores" in caplog.text
+    assert sum(record.levelno < logging.WARNING for record in caplog.records) < 10
+    assert {name: logging.getLogger(name).level for name in CHATTY} == chatty
+    for shape in ((1, 3, 64, 96), (3, 3, 70, 53)):
+        images = torch.rand(shape)
+        with torch.no_grad():
+            assert_same_prediction(in_onnx_runtime(file, images), model(images))
+
+
+def test_sizes_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
+    settings = {"backbone": "test_resnet", "pre_trained": False, "pre_processor": False, "visualizer": False}
+    with pytest.raises(ValueError, match=r"64x96 .*cannot be divided into 4 x 4 patches"):
+        anomalib_fractalad.ADPS(patches=4, **settings).to_onnx(tmp_path, input_size=(64, 96))
+    for name in ("ADPS", "AAND"):
+        with pytest.raises(ValueError, match=f"{name} without a pre-processor .* give input_size"):
+            getattr(anomalib_fractalad, name)(**settings).to_onnx(tmp_path)
+
+
+@pytest.mark.parametrize(("small", "size"), [((16, 24), (64, 96)), ((5, 1), (18, 3)), ((7, 9), (7, 9))])
+def test_upsampling_by_matrices_is_the_same(small: tuple[int, int], size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 1, *small, dtype=torch.float64)
+    for upsample in (Upsample(), AlignedUpsample(), AlignedUpsample(1)):
+        torch.testing.assert_close(MatrixUpsample(upsample)(maps, size), upsample(maps, size))
+
+
+def test_a_network_comes_back_from_an_export_as_it_was() -> None:
+    network = small_model("AAND").model
+    network.tiler = Tiler(32, 32)
+    for tiler in (network.tiler, None):
+        network.tiler = tiler
+        before = dict(network.named_modules())
+        with exportable(network):
+            assert all(isinstance(upsample, MatrixUpsample) for upsample in network.upsample)
+            assert isinstance(network.smooth, torch.nn.Identity) == (tiler is None)
+        assert dict(network.named_modules()) == before
+
+
+def test_torch_without_what_an_export_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.fx.experimental.symbolic_shapes.ShapeEnv")
+    monkeypatch.delattr("torch.fx.graph_module._loader")
+    with leave_nothing_behind():
+        assert symbolic_shapes() == []
+    assert generated_code() == {}

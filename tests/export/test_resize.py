@@ -5,7 +5,7 @@ import pytest
 import torch
 from anomalib.data.transforms import SquarePad
 from anomalib.pre_processing import PreProcessor
-from test_all_models import small_model
+from conftest import small_model
 from torchvision.transforms.v2 import (
     CenterCrop,
     ColorJitter,
@@ -42,7 +42,7 @@ TRANSFORMS = [
 def test_an_exported_transform_does_what_it_did(transform: Transform) -> None:
     exported = exportable_transform(transform)
     for size in SIZES:
-        image = torch.rand(2, 3, *size)
+        image = torch.rand(2, 3, *size, dtype=torch.float64)
         torch.testing.assert_close(exported(image), transform(image), rtol=0, atol=1e-5)
         at_one_size = exportable_transform(transform, size)
         torch.testing.assert_close(at_one_size(image), transform(image), rtol=0, atol=1e-5)

@@ -7,22 +7,14 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import Folder
-from conftest import assert_same_weights, make_tiles, small_engine
+from conftest import assert_same_weights, make_tiles, small_engine, small_model
 from lightning import seed_everything
 
-import anomalib_fractalad
 from anomalib_fractalad.models.aand import loss as aand
 from anomalib_fractalad.models.adps import loss as adps
 from anomalib_fractalad.models.components import cosine_distance
 from anomalib_fractalad.models.fractalad import loss as fractalad
 from anomalib_fractalad.registration import MODELS
-
-
-def small_model(name: str, **arguments: Any) -> Any:
-    extra = {"patches": 2} if name == "ADPS" else {}
-    kind = getattr(anomalib_fractalad, name)
-    size = {"pre_processor": kind.configure_pre_processor((64, 64))}
-    return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **{**extra, **size, **arguments})
 
 
 @pytest.mark.parametrize("name", MODELS)

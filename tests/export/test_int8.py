@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT8, as the export gives it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType
+from anomalib.metrics import F1Score
+from anomalib.models.components.base.export_mixin import ExportMixin
+from conftest import FLOAT32, make_tiles, small_engine, small_model, tile_arguments
+from openvino import Core, Model, PartialShape, convert_model, opset13
+from openvino.frontend.onnx import ConversionExtension
+from torchvision.transforms.v2 import ColorJitter
+
+from anomalib_fractalad.export.int8 import CONVOLUTIONS, calibration_images, compress, fit, quantize
+from anomalib_fractalad.export.memory import generated_code, symbolic_shapes
+from anomalib_fractalad.export.openvino import decide_constant_choices
+from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.registration import MODELS
+
+
+def test_arguments_of_the_conversion_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+    monkeypatch.setattr(ExportMixin, "to_openvino", lambda *_, ov_kwargs, **__: received.append(ov_kwargs))
+    model = small_model("FractalAD")
+    model.to_openvino(tmp_path)
+    model.to_openvino(tmp_path, ov_kwargs={"share_weights": False})
+    theirs = ConversionExtension("Abs", lambda node: opset13.abs(node.get_input(0)).outputs())
+    model.to_openvino(tmp_path, ov_kwargs={"extension": theirs})
+    model.to_openvino(tmp_path, ov_kwargs={"extension": [theirs, theirs]})
+    assert [list(arguments) for arguments in received[:2]] == [["extension"], ["share_weights", "extension"]]
+    assert [len(arguments["extension"]) for arguments in received] == [1, 1, 2, 3]
+    assert received[2]["extension"][1] is received[3]["extension"][2] is theirs
+
+
+class Choices(torch.nn.Module):
+    """Choices whose condition is true, false, both, or not known; the last one makes a scalar as large as the image."""
+
+    conditions: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("conditions", torch.tensor([True, False]))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        yes, no = self.conditions
+        return (
+            torch.where(yes, image + 1, 2 * image),
+            torch.where(no, image + 1, 2 * image),
+            torch.where(self.conditions, image + 1, 2 * image),
+            torch.where(image > 0, image + 1, 2 * image),
+            torch.where(yes, torch.tensor(3.0), image),
+        )
+
+
+def test_choices_come_out_as_they_would(tmp_path: Path) -> None:
+    image = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
+    file = tmp_path / "choices.onnx"
+    torch.onnx.export(Choices(), (image,), file, opset_version=18, verbose=False)
+    network = convert_model(file, extension=[decide_constant_choices()])
+    assert sum(operation.get_type_name() == "Select" for operation in network.get_ordered_ops()) == 3
+    found = Core().compile_model(network, "CPU", FLOAT32)(image.numpy()).values()
+    for ours, expected in zip(found, Choices()(image), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp_path: Path) -> None:
+    model = small_model(name)
+    small_engine(tmp_path).validate(model, datamodule=tiles)  # for the thresholds
+    known_shapes, known_code = symbolic_shapes(), set(generated_code())
+    file = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=tiles)
+    assert set(generated_code()) == known_code
+    new = [shapes for shapes in symbolic_shapes() if shapes not in known_shapes]
+    assert all(shapes.tracked_fakes is None for shapes in new)  # the cycle of references is cut
+
+    operations = Core().read_model(file).get_ordered_ops()
+    assert "Select" not in {operation.get_type_name() for operation in operations}  # all choices were known beforehand
+    quantized = {}
+    for operation in operations:
+        if operation.get_type_name() in CONVOLUTIONS:
+            values, weights = (operation.input_value(i).get_node() for i in (0, 1))
+            channels = operation.get_input_partial_shape(0)[1].get_length()
+            eight_bits = values.get_type_name() == "FakeQuantize"
+            assert eight_bits == (weights.get_type_name() != "Constant")
+            quantized.setdefault(eight_bits, []).append(channels)
+    assert max(quantized[False]) == 3
+    assert min(quantized[True]) > 3
+    for operation in operations:
+        if operation.get_type_name() == "FakeQuantize":
+            assert {use.get_node().get_type_name() for use in operation.output(0).get_target_inputs()} <= CONVOLUTIONS
+
+    images = next(iter(tiles.test_dataloader())).image
+    predict = Core().compile_model(file, "CPU", FLOAT32)
+    (output,) = (output for output in predict.outputs if "anomaly_map" in output.names)
+    with torch.no_grad():
+        expected = model.eval()(images).anomaly_map
+    found = torch.from_numpy(predict(images.numpy())[output])
+    assert not torch.allclose(found, expected, atol=1e-6)
+    assert (
+        torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
+    )  # calibrated with other images
+
+
+def test_calibration_images_are_training_images_and_each_has_an_anomalous_copy(tile_root: Path) -> None:
+    tiles = Folder(**tile_arguments(tile_root), train_augmentations=ColorJitter(0.5))
+    images = calibration_images(tiles, seed=3)
+    plain = {item.image.numpy().tobytes() for item in make_dataset(tile_root)}
+    assert len(images) == 2 * len(plain) == 16
+    assert {image.tobytes() for image in images[::2]} == plain
+    for normal, anomalous in zip(images[::2], images[1::2], strict=True):
+        assert normal.shape == anomalous.shape == (1, 3, 64, 64)
+        assert normal.dtype == anomalous.dtype == np.float32
+        assert 0 <= anomalous.min() < anomalous.max() <= 1
+        assert 0 < (normal != anomalous).mean() < 1
+    state = torch.get_rng_state()
+    again = calibration_images(tiles, seed=3)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(images, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not np.array_equal(calibration_images(tiles, seed=4)[1], images[1])
+    assert tiles.train_data.augmentations is not None  # as it was
+    assert len(calibration_images(tiles, count=5)) == 5
+    with pytest.raises(ValueError, match="count is 1; calibration takes at least one normal"):
+        calibration_images(tiles, count=1)
+
+
+def make_dataset(root: Path) -> Any:
+    tiles = make_tiles(root)
+    tiles.setup("fit")
+    return [tiles.train_data[i] for i in range(len(tiles.train_data))]
+
+
+def test_the_other_kinds_of_int8_take_the_same_convolutions(tiles: Folder, tmp_path: Path) -> None:
+    """And a network of one size and batch is calibrated with images of another size."""
+    model = small_model("FractalAD")
+    small_engine(tmp_path).validate(model, datamodule=tiles)  # for the thresholds
+    file = model.to_openvino(tmp_path, input_size=(72, 80), onnx_kwargs={"dynamic_shapes": None})
+    network = Core().read_model(file)
+    assert network.input(0).shape == [1, 3, 72, 80]
+    kinds = {
+        kind: compress(network.clone(), kind, tiles, F1Score(["pred_label", "gt_label"]))
+        for kind in CompressionType
+        if "int8" in kind.value
+    }
+    assert len(kinds) == 3
+    images = np.random.default_rng(0).random((1, 3, 72, 80), dtype=np.float32)
+    expected = Core().compile_model(network, "CPU", FLOAT32)(images)["anomaly_map"]
+    for kind, compressed in kinds.items():
+        for operation in compressed.get_ordered_ops():
+            constants = [value.get_node().get_element_type().to_string() for value in operation.input_values()]
+            if operation.get_type_name() == "MatMul":
+                assert not {"i8", "u8"} & set(constants), kind
+        found = Core().compile_model(compressed, "CPU", FLOAT32)(images)["anomaly_map"]
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95, kind
+        assert not np.array_equal(found, expected), kind
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [([2, 3, 8, 9], (2, 3, 8, 9)), ([-1, 3, 8, 9], (1, 3, 8, 9)), ([2, 3, -1, -1], (2, 3, 5, 6))],
+)
+def test_images_are_brought_to_what_a_network_takes(shape: list[int], expected: tuple[int, ...]) -> None:
+    image = opset13.parameter(PartialShape(shape), name="image")
+    network = Model([opset13.relu(image)], [image])
+    assert fit(np.zeros((1, 3, 5, 6), dtype=np.float32), network).shape == expected
+
+
+@pytest.mark.parametrize("kind", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_int8_asks_for_images_before_it_exports(
+    kind: CompressionType,
+    tile_root: Path,
+    tmp_path: Path,
+) -> None:
+    model = small_model("FractalAD")
+    with pytest.raises(ValueError, match="calibrated with training images: give the export a datamodule"):
+        model.to_openvino(tmp_path, compression_type=kind)
+    with pytest.raises(ValueError, match="give the export a datamodule"):
+        DistillationModule._post_training_quantization_ov(Model([], []), None)
+    with pytest.raises(ValueError, match=r"max_drop is 2; it must be in \[0, 1\]"):
+        model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=make_tiles(tile_root), max_drop=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_asks_for_thresholds() -> None:
+    image = opset13.parameter([1, 3, 8, 8], name="image")
+    network = Model([opset13.subtract(image, np.float32("nan"))], [image])  # the least score, before a validation
+    with pytest.raises(ValueError, match="INT8 needs thresholds, and this model was never validated"):
+        quantize(network, [])
