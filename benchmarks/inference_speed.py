@@ -139,10 +139,7 @@ def _check(
             raise ValueError(msg)
 
 
-def _print_table(
-    medians: Mapping[tuple[str, str], float], flops: Mapping[str, float], first: str, threads: int
-) -> None:
-    print(f"a large matrix product in FP32 reaches {_matrix_rate(threads):.0f} GFLOP/s")
+def _print_table(medians: Mapping[tuple[str, str], float], flops: Mapping[str, float], first: str) -> None:
     for (name, runtime), median in medians.items():
         rate = flops[name] / median
         print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.1f} GFLOP {rate:7.0f} GFLOP/s", end="")

@@ -68,7 +68,7 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         assert clock is time.process_time
         if isinstance(inferencer, TorchInferencer):
             memories.append(getattr(inferencer.model.model, "memory_bank", torch.empty(0, 0)).shape)
-        maps.append(np.asarray(inferencer.predict(images[0]).anomaly_map).squeeze())
+        maps.append(torch.as_tensor(inferencer.predict(images[0]).anomaly_map).detach().squeeze().numpy())
         rates.append(images_per_second(inferencer, images, 1))
         return seconds_each(inferencer, images, clock)
 
