@@ -18,7 +18,7 @@ from anomalib.engine import Engine
 from conftest import make_tiles
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from test_all_models import small_model
-from test_cli import SMALL, cli, data_arguments
+from test_cli import SMALL, SMALL_IMAGES, cli, data_arguments
 
 from anomalib_fractalad.registration import MODELS
 
@@ -59,7 +59,7 @@ def main(data: Path, results: Path) -> None:
         (results / f"{name}_{notes.rank}.json").write_text(json.dumps(told))
         extra = ("--model.patches", "2") if name == "ADPS" else ()
         program = cli(
-            *("train", "--model", name, *SMALL, *extra, *data_arguments(data)),
+            *("train", "--model", name, *SMALL, *SMALL_IMAGES, *extra, *data_arguments(data)),
             *("--default_root_dir", results / "program", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"),
             *("--trainer.strategy", "ddp", "--trainer.devices", 2),
         )
