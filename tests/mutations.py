@@ -5,7 +5,7 @@ python tests/mutations.py [--write] [--jobs N] [PART OF A NAME ...]
 
 The mutations are in mutations.yaml. Each replaces a piece of a function's source by another in a fork of this process;
 no file is changed. A piece that does not occur exactly once, or a test that fails on the intact package, ends the run.
-With --write, the outcome goes to mutations.md.
+With --write, the outcome goes to mutations.md, where rows of mutations that were not run stay as they are.
 """
 
 import argparse
@@ -59,6 +59,17 @@ def read_mutations() -> list[Mutation]:
         for function, changes in group["functions"].items()
         for name, old, new, *own in changes
     ]
+
+
+def key(mutation: Mutation) -> str:
+    return f"| {mutation.model} | {mutation.name} |"
+
+
+def read_outcome() -> dict[str, str]:
+    """The rows of an earlier run by their keys."""
+    known = {key(mutation) for mutation in read_mutations()}
+    lines = OUTCOME.read_text().splitlines() if OUTCOME.exists() else []
+    return {start: line for line in lines if (start := "|".join(line.split("|")[:3]) + "|") in known}
 
 
 def changed_function(mutation: Mutation) -> tuple[Any, str, Any, Any]:
@@ -141,7 +152,7 @@ def main() -> None:
     ]
     for mutation in mutations:
         changed_function(mutation)
-    rows, survivors = [], 0
+    rows, survivors = read_outcome(), 0
 
     def run(mutation: Mutation | None, tests: str) -> list[str]:
         return run_tests(tests, mutation)
@@ -156,10 +167,10 @@ def main() -> None:
             survivors += not failures
             noticed = f"`{failures[0]}`" if failures else "**SURVIVED**"
             function = mutation.function.removeprefix("anomalib_fractalad.")
-            rows.append(f"| {mutation.model} | {mutation.name} | `{function}` | {noticed} |")
-            print(rows[-1], flush=True)
+            rows[key(mutation)] = f"{key(mutation)} `{function}` | {noticed} |"
+            print(rows[key(mutation)], flush=True)
     if arguments.write:
-        OUTCOME.write_text(HEADER + "\n".join(rows) + "\n")
+        OUTCOME.write_text(HEADER + "".join(f"{rows.get(key(mutation))}\n" for mutation in read_mutations()))
     sys.exit(f"{survivors} of {len(mutations)} mutations survived" if survivors else 0)
 
 

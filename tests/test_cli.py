@@ -2,6 +2,7 @@
 """The stock ``anomalib`` program with this package's models, data and config files."""
 
 import inspect
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.backbone", "test_resnet", "--model.pre_trained", "false"]
+RESIZE = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [64, 64]}}
+PRE_PROCESSOR = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": RESIZE}}
+SMALL_IMAGES = ["--model.pre_processor", json.dumps(PRE_PROCESSOR)]
 
 
 def data_arguments(root: Path) -> list[str]:
@@ -57,7 +61,7 @@ def test_from_training_to_export(tmp_path: Path, tile_root: Path, capfd: pytest.
     """Train, validate, test, predict and export one after the other, as a user would."""
     results = ("--default_root_dir", tmp_path)
     data = data_arguments(tile_root)
-    model = ("--model", "FractalAD", *SMALL)
+    model = ("--model", "FractalAD", *SMALL, *SMALL_IMAGES)
     cli("train", *model, *data, *results, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
     (checkpoint,) = tmp_path.rglob("v0/weights/lightning/model.ckpt")
     from_checkpoint = ("--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
@@ -103,8 +107,8 @@ def test_a_seed_that_is_not_given_is_logged(
 
 def test_a_training_is_resumed_within_an_epoch(tmp_path: Path, tile_root: Path) -> None:
     arguments = (
-        *("fit", "--model", "FractalAD", *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path),
-        *("--trainer.max_epochs", 2, "--trainer.accelerator", "cpu"),
+        *("fit", "--model", "FractalAD", *SMALL, *SMALL_IMAGES, *data_arguments(tile_root)),
+        *("--default_root_dir", tmp_path, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu"),
     )
     every_step = {"dirpath": tmp_path, "filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1}
     callback = [argument for name, value in every_step.items() for argument in (f"--trainer.callbacks.{name}", value)]

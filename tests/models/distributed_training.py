@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains every model in two processes, which import everything once; run by test_distributed.py.
+"""Trains every model in two processes; run by test_distributed.py, and by Lightning once more for the second process.
 
 python distributed_training.py DATA RESULTS
 """
 
 import hashlib
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # which distributed training imports, in each process
 from anomalib.engine import Engine
 from conftest import make_tiles
 from lightning import Callback, LightningModule, Trainer, seed_everything
@@ -69,19 +66,6 @@ def main(data: Path, results: Path) -> None:
         (results / f"program_{name}_{trainer.global_rank}.json").write_text(json.dumps(told))
 
 
-def in_two_processes(data: Path, results: Path) -> None:
-    """Fork, and tell Lightning of both processes as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    child = os.fork()
-    os.environ["LOCAL_RANK"] = "0" if child else "1"
-    main(data, results)
-    if child:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    in_two_processes(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:]))

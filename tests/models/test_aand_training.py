@@ -102,6 +102,22 @@ def test_each_stage_moves_its_own_part(tmp_path: Path, tiles: Folder) -> None:
     assert watcher.moved == [moved[stage] for stage in watcher.stages]
 
 
+def test_gradients_of_zero_do_not_move_the_idle_stage(tmp_path: Path, tiles: Folder) -> None:
+    """Distributed training gives such gradients; Adam would go on with the moments of stage I."""
+
+    class Zeros(Watch):
+        def on_after_backward(self, trainer: Any, model: AAND) -> None:
+            del trainer
+            for parameter in model.model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    watcher = Zeros()
+    small_engine(tmp_path, callbacks=[watcher], limit_val_batches=0, max_epochs=2).fit(small_model(), datamodule=tiles)
+    moved = {1: {"amplifiers"}, 2: {"student"}}
+    assert watcher.moved == [moved[stage] for stage in watcher.stages]
+
+
 def test_plain_reverse_distillation_moves_the_student(tmp_path: Path, tiles: Folder) -> None:
     watcher, model = watch(tmp_path, tiles, {"max_epochs": 1}, split=(0, 1), hard_distillation=False)
     assert watcher.moved == [{"student"}, {"student"}]

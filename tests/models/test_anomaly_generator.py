@@ -72,6 +72,7 @@ def test_images_stay_images() -> None:
     anomalous, mask = make(Stripes())
     assert mask.dtype == images.dtype
     assert anomalous.max() == 1
+    assert torch.equal(mask > 0, (anomalous != images).any(dim=1, keepdim=True))
     torch.manual_seed(0)
     bare = PerlinAnomalyGenerator(probability=1.0)
     values = torch.stack([bare(torch.zeros(16, 3, 32, 32))[0] for _ in range(8)])

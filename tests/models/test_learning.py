@@ -81,7 +81,7 @@ def average_precision(network: Any, images: Tensor, mask: Tensor) -> float:
     return binary_average_precision(anomaly_map.flatten(), (mask > 0.5).flatten().int()).item()
 
 
-@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.6), ("ADPS", 0.6), ("AAND", 0.4)])
+@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.5), ("ADPS", 0.6), ("AAND", 0.5)])
 def test_anomalies_of_unseen_images_are_found(name: str, least: float, lessons: Callable[[str], Lesson]) -> None:
     lesson = lessons(name)
     _, anomalous, mask = held_out()
@@ -98,7 +98,7 @@ def features(network: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return network.teacher(images), network.student(images)
 
 
-@pytest.mark.parametrize(("name", "share", "ratio"), [("FractalAD", 0.6, 1.2), ("ADPS", 0.3, 3), ("AAND", 0.3, 1.2)])
+@pytest.mark.parametrize(("name", "share", "ratio"), [("FractalAD", 0.7, 1.2), ("ADPS", 0.14, 4.5), ("AAND", 0.1, 1.3)])
 def test_the_student_follows_on_normal_places_only(
     name: str, share: float, ratio: float, lessons: Callable[[str], Lesson]
 ) -> None:
@@ -131,7 +131,7 @@ def test_the_first_stage_of_aand_finds_anomalies_and_moves_them_away(lessons: Ca
             gained = (normal @ before.T).mean() - (normal @ after.T).mean()
             assert (gained > 0.05) == finds
             found = binary_auroc(amplifier.gate(plain).squeeze(1).flatten(), where.flatten().int())
-            assert (found > 0.65) == finds
+            assert found > 0.65 if finds else found < 0.65
 
 
 @pytest.mark.parametrize("name", MODELS)
