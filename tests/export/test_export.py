@@ -256,7 +256,7 @@ def test_an_export_for_one_size(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_shorter_side_is_exported_for_any_size(tmp_path: Path) -> None:
     transform = Resize(64, max_size=90)
-    off = PostProcessor(enable_normalization=False, enable_thresholding=False)
+    off = OrderPreservingPostProcessor(enable_normalization=False, enable_thresholding=False)
     settings = {"pre_processor": PreProcessor(transform), "post_processor": off, "distillation": False}
     model = small_model("FractalAD", **settings).eval()
     file = model.to_onnx(tmp_path)
