@@ -60,7 +60,8 @@ def speed(
     if runtime == "torch":
         result["device"] = device
     else:
-        result["precision"] = inferencer.model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        compiled: Any = inferencer.model
+        result["precision"] = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         result["image_AUROC"] = _exported_auroc(model, test_data, inferencer, (height, width))
     inputs = [as_input(_of_size(image, (height, width)), runtime) for image in images]
     seconds = seconds_each(inferencer, islice(cycle(inputs), repetitions + 1))

@@ -44,7 +44,7 @@ def _item(dataset: Any, kind: Any, index: int) -> Any:
 
 
 def _rebuild(kind: type, content: dict[str, Any]) -> Any:
-    dataset = object.__new__(_repaired(kind))
+    dataset: Any = object.__new__(_repaired(kind))
     dataset.__dict__.update(content)
     return dataset
 
@@ -65,7 +65,8 @@ def repair(datasets: Iterable[Any]) -> list[Any]:
     for dataset in _unwrapped(datasets):
         known = isinstance(dataset, AnomalibDataset | PredictDataset) and not isinstance(dataset, AnomalibVideoDataset)
         if known and not hasattr(dataset, _ORIGINAL):
-            dataset.__class__ = _repaired(type(dataset))
+            kind: Any = type(dataset)
+            dataset.__class__ = _repaired(kind)
             changed.append(dataset)
     return changed
 

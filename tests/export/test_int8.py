@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import ColorJitter
 from anomalib_fractalad.export.int8 import CONVOLUTIONS, calibration_images, compress, fit, quantize
 from anomalib_fractalad.export.memory import generated_code, symbolic_shapes
 from anomalib_fractalad.export.openvino import decide_constant_choices
-from anomalib_fractalad.models.components import DistillationModule
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.registration import MODELS
 
 
@@ -179,7 +179,7 @@ def test_int8_asks_for_images_before_it_exports(
     with pytest.raises(ValueError, match="calibrated with training images: give the export a datamodule"):
         model.to_openvino(tmp_path, compression_type=kind)
     with pytest.raises(ValueError, match="give the export a datamodule"):
-        DistillationModule._post_training_quantization_ov(Model([], []), None)
+        OneClassModule._post_training_quantization_ov(Model([], []), None)
     with pytest.raises(ValueError, match=r"max_drop is 2; it must be in \[0, 1\]"):
         model.to_openvino(tmp_path, compression_type="int8_acq", datamodule=make_tiles(tile_root), max_drop=2)
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ Tang, Zhou, Li, Dong, Wang, IEEE TIP 2026, arXiv 2405.02068.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from anomalib.data import ImageBatch
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from anomalib_fractalad.models.components import (
+    AlignedUpsample,
     AnomalyGenerator,
     GeneratorChoice,
     ImageScore,
@@ -215,5 +216,5 @@ class AAND(StagedTraining, AnomalibModule):
         self.generator = AnomalyGenerator(arguments["anomaly_generator"])
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
         for upsample, stride in zip(self.model.upsample, arguments["strides"], strict=True):
-            upsample.stride = None if arguments["alignment"] == "corners" else stride
+            cast("AlignedUpsample", upsample).stride = None if arguments["alignment"] == "corners" else stride
         self.distillation_loss = HardDistillationLoss() if arguments["hard_distillation"] else PlainDistillationLoss()
