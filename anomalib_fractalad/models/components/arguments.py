@@ -57,7 +57,7 @@ def is_finite(value: Any) -> bool:
     Args:
         value: Anything.
     """
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def is_whole(value: Any) -> bool:
@@ -66,7 +66,7 @@ def is_whole(value: Any) -> bool:
     Args:
         value: Anything.
     """
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _and_what(value: Any) -> str:
