@@ -21,7 +21,10 @@ from .checkpoint_io import check_checkpoint
 from .given_arguments import COMPONENTS, note_given, plain
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what models share has to come from beside it.
-_Base = AnomalibModule if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +87,15 @@ class CheckpointArguments(_Base):
         if fitting:
             _keep_rates(checkpoint, changes.kept)
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None:  # whose callbacks are those from before
-            dropped = [part for name, part in before.items() if part is not None and getattr(self, name) is None]
-            self.trainer.callbacks = [call for call in self.trainer.callbacks if not any(call is p for p in dropped)]
+        if self._trainer is None:
+            return
+        if any(name.startswith("pre_processor") for name in settings):
+            # The data module was set up for the pre-processor from before, and resizes images to its size.
+            getattr(getattr(self.trainer, "datamodule", None), "_update_augmentations", bool)()
+        # The trainer's callbacks are those from before, too.
+        dropped = [part for name, part in before.items() if part is not None and getattr(self, name) is None]
+        trainer: Any = self.trainer
+        trainer.callbacks = [call for call in trainer.callbacks if not any(call is part for part in dropped)]
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -118,7 +127,7 @@ class CheckpointArguments(_Base):
         kwargs = {**own, **kwargs}
         if "weights" not in kwargs:
             kwargs = {"pre_trained": False, "weights": None, **kwargs}
-        model = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[arg-type]
+        model: Any = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[arg-type]
         model.given_arguments = {name for name in own if not (name in COMPONENTS and own[name] is True)}
         return model
 
@@ -253,7 +262,7 @@ def _recorded_arguments(cls: type[AnomalibModule], file: str | os.PathLike[str] 
         with anomalib_safe_globals(extra=cls.checkpoint_safe_globals()):
             if isinstance(file, str | os.PathLike) and Path(file).is_file():
                 content = torch.load(file, "cpu", weights_only=True, mmap=True)
-            elif hasattr(file, "read"):
+            elif not isinstance(file, str | os.PathLike):
                 content = torch.load(io.BytesIO(file.read()), "cpu", weights_only=True)
                 file.seek(0)
             else:

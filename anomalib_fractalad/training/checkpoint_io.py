@@ -3,6 +3,7 @@
 
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,7 +71,8 @@ class AtomicCheckpoints(Callback):
         del stage
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) in {AnomalibCheckpointIO, TorchCheckpointIO}:
-            strategy.checkpoint_io = AtomicCheckpointIO(pl_module.checkpoint_safe_globals())
+            safe: Sequence[Any] = getattr(type(pl_module), "checkpoint_safe_globals", tuple)()
+            strategy.checkpoint_io = AtomicCheckpointIO(safe)
 
 
 def check_checkpoint(file: str | os.PathLike[str] | IO[bytes]) -> None:
@@ -84,7 +86,7 @@ def check_checkpoint(file: str | os.PathLike[str] | IO[bytes]) -> None:
         ValueError: If the file is damaged.
         FileNotFoundError: If the path stems from a word that only Lightning's trainer knows.
     """
-    if not hasattr(file, "read"):
+    if isinstance(file, str | os.PathLike):
         _check_path(Path(file))
         return
     position = file.tell()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from .checkpoint_io import UNSYNCED, AtomicCheckpointIO
 
@@ -36,7 +36,8 @@ class EpochCheckpoint(Checkpoint):
         """Write the file."""
         del pl_module
         writers = _writers(trainer)
-        if not writers or trainer.fast_dev_run or any(step == trainer.global_step for step, _ in _saved(writers)):
+        trial = getattr(trainer, "fast_dev_run", False)
+        if not writers or trial or any(step == trainer.global_step for step, _ in _saved(writers)):
             return
         if self._path is None:
             self._path = _free_path(trainer, writers[0])
@@ -48,7 +49,8 @@ class EpochCheckpoint(Checkpoint):
         """Remove the file if another checkpoint is as new, or say where to go on from."""
         del pl_module, stage
         # As the trainer's checkpoint callback, it would be asked for the best model.
-        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        trainer.callbacks = others  # type: ignore[attr-defined]
         if self._path is None:
             return
         if any(step >= self._step and Path(path).exists() for step, path in _saved(_writers(trainer))):
@@ -78,9 +80,13 @@ class EpochCheckpoint(Checkpoint):
         return {}
 
 
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
 def _writers(trainer: Trainer) -> list[ModelCheckpoint]:
     """The trainer's callbacks that write checkpoints."""
-    found = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    found = [callback for callback in _callbacks(trainer) if isinstance(callback, ModelCheckpoint)]
     return [callback for callback in found if callback.save_top_k != 0 or callback.save_last]
 
 

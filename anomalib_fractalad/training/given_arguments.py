@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 _BUILDERS = {"jsonargparse", "lightning.pytorch.cli"}
@@ -38,13 +38,13 @@ def note_given(init: Callable[..., None]) -> Callable[..., None]:
             values = {}  # which the call below raises better
         values = {**values, **values.pop("kwargs", {})}
         named = _named_by_user(sys._getframe(1))  # noqa: SLF001
-        for name in values.keys() - known:
+        for name in values.keys() - known - {"self"}:
             default = signature.parameters[name].default if name in signature.parameters else inspect.Parameter.empty
             is_default = values[name] is default or _equal(values[name], default)
             switched_on = name in COMPONENTS and values[name] is True
             if not switched_on and (named is None or name in named or not is_default):
                 given.add(name)
-        known |= signature.parameters.keys()
+        known.update(signature.parameters)
         init(self, *args, **kwargs)
 
     return noting

@@ -49,11 +49,11 @@ class ImageCheck(Callback):
     """
 
     def __init__(self, mode: Mode | None = None) -> None:
-        mode = mode or os.environ.get(MODE_VARIABLE) or "auto"  # type: ignore[assignment]
-        if mode not in get_args(Mode):
-            msg = f"the check of images is {mode!r}; use one of {', '.join(get_args(Mode))}"
+        chosen = mode or os.environ.get(MODE_VARIABLE) or "auto"
+        if chosen not in get_args(Mode):
+            msg = f"the check of images is {chosen!r}; use one of {', '.join(get_args(Mode))}"
             raise ValueError(msg)
-        self.mode = mode
+        self.mode: Mode = chosen  # type: ignore[assignment]
         self._checked: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +80,7 @@ class ImageCheck(Callback):
     def _check(self, trainer: Trainer, datasets: Sequence[Any]) -> None:
         message: str | None = None
         if self.mode != "off" and trainer.is_global_zero:
-            mode = "headers" if self.mode == "auto" and trainer.state.fn != "fit" else self.mode
+            mode: Mode = "headers" if self.mode == "auto" and trainer.state.fn != "fit" else self.mode
             items = {_fingerprint(item): item for dataset in datasets for item in _items(dataset)}
             found = _problems([item for key, item in items.items() if key not in self._checked], mode)
             message = _message(found) if found else None

@@ -29,7 +29,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     for kind in _ACCELERATORS:
         device = getattr(torch, kind, None)
         count = device.device_count() if device is not None and device.is_available() else 0
-        for index, device_state in enumerate(state.get(kind, [])[:count]):
-            device.set_rng_state(device_state.cpu(), index)
+        for index in range(min(count, len(state.get(kind, [])))):
+            getattr(torch, kind).set_rng_state(state[kind][index].cpu(), index)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"].cpu())

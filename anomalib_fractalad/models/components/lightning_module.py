@@ -60,10 +60,15 @@ class OneClassModule(TrainingCheck, TiledModule, CheckpointArguments, ExportModu
     def configure_evaluator() -> Evaluator:
         """Image AUROC and F1, and with masks pixel AUROC, F1, AP (AUPR) and AUPRO."""
         image, maps = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
-        image_metrics = [AUROC(image, "image_"), F1Score(["pred_label", "gt_label"], "image_")]
-        masks = F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False)
-        pixel_metrics = [metric(maps, "pixel_", strict=False) for metric in (AUROC, AUPR, AUPRO)]
-        return Evaluator(test_metrics=[*image_metrics, pixel_metrics[0], masks, *pixel_metrics[1:]])
+        return Evaluator(
+            test_metrics=[
+                AUROC(image, "image_"),
+                F1Score(["pred_label", "gt_label"], "image_"),
+                AUROC(maps, "pixel_", strict=False),
+                F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False),
+                *(metric(maps, "pixel_", strict=False) for metric in (AUPR, AUPRO)),
+            ]
+        )
 
     def configure_post_processor(self) -> OrderPreservingPostProcessor:
         """Normalization that keeps the order of all values."""

@@ -11,7 +11,10 @@ from torch import Tensor
 from .tiling import make_tiler, tiler_settings
 
 # anomalib lists only the direct subclasses of AnomalibModule, so what models share has to come from beside it.
-_Base = AnomalibModule if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:
+    _Base = object
 
 
 class TiledModule(_Base):

@@ -110,6 +110,13 @@ def trained(request: pytest.FixtureRequest, tile_root: Path, tmp_path_factory: p
     return model, Path(engine.best_model_path)
 
 
+def plain_model(name: str, **arguments: Any) -> Any:
+    """A model that is given no more than a network of the right shape."""
+    kind = getattr(anomalib_fractalad, name)
+    size = kind.configure_pre_processor((64, 64))
+    return kind(**{"backbone": "test_resnet", "pre_trained": False, "pre_processor": size, **arguments})
+
+
 def scores(model: Any, file: Path, data: Path, root: Path) -> torch.Tensor:
     batches = small_engine(root).predict(model, datamodule=make_tiles(data), ckpt_path=file)
     return torch.cat([batch.pred_score for batch in batches])
@@ -122,7 +129,7 @@ def test_a_checkpoints_arguments_count_where_they_are_forgotten(
     others, name = OTHERS[model.name], model.name
     expected = scores(model, file, tile_root, tmp_path)
     assert "The checkpoint was trained with" not in caplog.text
-    forgetful = small_model(name)
+    forgetful = plain_model(name)
     torch.testing.assert_close(scores(forgetful, file, tile_root, tmp_path), expected)
     for argument, value in others.items():
         assert f"trained with {argument}={value!r}" in caplog.text
@@ -133,8 +140,8 @@ def test_a_checkpoints_arguments_count_where_they_are_forgotten(
 
     caplog.clear()
     argument, value = next(iter(others.items()))
-    default = small_model(name).hparams[argument]
-    given = small_model(name, **{argument: default}, post_processor=PostProcessor(image_sensitivity=0.4))
+    default = plain_model(name).hparams[argument]
+    given = plain_model(name, **{argument: default}, post_processor=PostProcessor(image_sensitivity=0.4))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(scores(given, file, tile_root, tmp_path), expected)
     assert f"trained with {argument}={value!r}, and this {name} was given {default!r}: that counts" in caplog.text
@@ -158,7 +165,7 @@ def test_a_checkpoints_arguments_count_where_they_are_forgotten(
     assert exported.post_processor.image_sensitivity == 0.4
 
     with pytest.raises(ValueError, match=r"backbone is 'resnet18' here, and 'test_resnet' there.*--model\.backbone"):
-        scores(small_model(name, backbone="resnet18"), file, tile_root, tmp_path)
+        scores(plain_model(name, backbone="resnet18"), file, tile_root, tmp_path)
     with pytest.raises(ValueError, match="backbone is 'resnet18' here, and 'test_resnet' there"):
         type(model).load_from_checkpoint(file, backbone="resnet18")
 
@@ -178,7 +185,7 @@ def test_a_resumed_training_takes_the_checkpoints_arguments_too(
     assert resumed.trainer.optimizers[0].param_groups[-1]["lr"] <= 0.001
 
 
-def test_checkpoints_are_taken_as_files_and_paths(trained: Any, tmp_path: Path) -> None:
+def test_checkpoints_are_taken_as_files_and_paths(trained: Any, tiles: Folder, tmp_path: Path) -> None:
     model, file = trained
     if model.name != "FractalAD":  # the same code
         return
@@ -188,7 +195,7 @@ def test_checkpoints_are_taken_as_files_and_paths(trained: Any, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"the checkpoint in the file object is damaged"):
         type(model).load_from_checkpoint(io.BytesIO(file.read_bytes()[:-999]))
     with pytest.raises(FileNotFoundError, match=r"takes ckpt_path='best' for the name of a file.*best_model_path"):
-        small_engine(tmp_path).test(model, datamodule=make_tiles(tmp_path), ckpt_path="best")
+        small_engine(tmp_path).test(model, datamodule=tiles, ckpt_path="best")
 
 
 def test_arguments_are_given_by_python_command_line_or_config_file(tmp_path: Path) -> None:
