@@ -175,7 +175,7 @@ def aand_loss_one(step: Step, generator: Any) -> Tensor:
         where = covered(mask, plain) > 0.3
         gate = amplifier.gate(plain).squeeze(1).sigmoid()
         focal = torch.where(where, -0.8 * (1 - gate) ** 2 * gate.log(), -0.2 * gate**2 * (1 - gate).log())
-        advanced = plain + amplifier.generator(plain)
+        advanced = plain + amplifier.residual(plain)
         normal, before, after = (
             F.normalize(features.movedim(1, -1)[at], dim=1)
             for features, at in ((plain, ~where), (plain, where), (advanced, where))
@@ -202,7 +202,7 @@ def aand_loss_two(step: Step, generator: Any) -> Tensor:
 def advanced_features(network: Any, images: Tensor) -> list[Tensor]:
     """F + gate x residual."""
     return [
-        plain + amplifier.gate(plain).sigmoid() * amplifier.generator(plain)
+        plain + amplifier.gate(plain).sigmoid() * amplifier.residual(plain)
         for amplifier, plain in zip(network.amplifiers, network.teacher(images), strict=True)
     ]
 
