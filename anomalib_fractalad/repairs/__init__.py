@@ -14,6 +14,7 @@ from .image_paths import IMAGE_PATHS
 from .image_reading import IMAGE_READING
 from .inferencers import INFERENCERS
 from .mask_sizes import MASK_SIZES
+from .text_columns import TEXT_COLUMNS
 
 REPAIRS = (
     IMAGE_READING,
@@ -23,6 +24,7 @@ REPAIRS = (
     INFERENCERS,
     COMMAND_LINE,
     BENCHMARK_RESULTS,
+    TEXT_COLUMNS,
 )
 
 __all__ = ["REPAIRS", "Repair", "acts", "mend", "reach", "state"]

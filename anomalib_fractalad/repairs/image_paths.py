@@ -8,6 +8,8 @@ from typing import Any
 
 from .base import Repair, acts, is_own
 
+ENGINE_METHODS = ("fit", "validate", "test", "predict", "train")
+
 
 @contextmanager
 def every_script() -> Iterator[None]:
@@ -38,19 +40,28 @@ def _apply(for_all: bool) -> None:
         return
     from wrapt import wrap_function_wrapper  # noqa: PLC0415
 
-    for name in ("fit", "validate", "test", "predict", "train"):
+    for name in ENGINE_METHODS:
         wrap_function_wrapper("anomalib.engine.engine", f"Engine.{name}", _run)
 
 
 def _run(method: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wraps what the engine does with a model; only for this package's models it is done otherwise."""
-    model = kwargs.get("model", args[0] if args else None)
-    if model is None:
-        model = getattr(getattr(engine, "_trainer", None), "lightning_module", None)
-    if not is_own(model) or not acts(IMAGE_PATHS):
+    if not is_own(model_of(engine, args, kwargs)) or not acts(IMAGE_PATHS):
         return method(*args, **kwargs)
     with every_script():
         return method(*args, **kwargs)
+
+
+def model_of(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model that a method of anomalib's engine is called for: its first argument, or that of the last run.
+
+    Args:
+        engine: The engine.
+        args: The method's arguments.
+        kwargs: Those by name.
+    """
+    model = kwargs.get("model", args[0] if args else None)
+    return getattr(getattr(engine, "_trainer", None), "lightning_module", None) if model is None else model
 
 
 IMAGE_PATHS = Repair(
