@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from jsonargparse import auto_cli
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from anomalib_fractalad.benchmark.config import RUNTIMES, DataEntry, ModelEntry, Settings, make_jobs
 from anomalib_fractalad.benchmark.job import is_missing, record_of, run_in_process

@@ -98,7 +98,7 @@ class CheckpointArguments(_Base):
         trainer.callbacks = [call for call in trainer.callbacks if not any(call is part for part in dropped)]
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(
         cls,
         checkpoint_path: str | os.PathLike[str] | IO[bytes],
         *args: Any,
