@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -20,7 +21,8 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
     """Writes a checkpoint beside its place and moves it there when the disk has it; loads none that is damaged.
 
     Lightning writes into the system's temporary folder first. Where that is another disk, the move is a copy, and a
-    process that is killed then leaves half a file in place of its last checkpoint.
+    process that is killed then leaves half a file in place of its last checkpoint. It also holds the file in memory
+    twice, which takes longer.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -33,14 +35,15 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
                 process, but perhaps not that of the machine. Anything else as for Lightning's own.
         """
         synced = storage_options != UNSYNCED
-        storage_options = storage_options if synced else None
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+        if "://" in str(path) or (synced and storage_options is not None):
+            super().save_checkpoint(checkpoint, path, storage_options if synced else None)
             return
         part = Path(f"{path}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)
-        if synced:
-            with part.open("rb+") as file:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            if synced:
+                file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
 

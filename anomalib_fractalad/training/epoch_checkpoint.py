@@ -54,7 +54,8 @@ class EpochCheckpoint(Checkpoint):
         if self._path is None:
             return
         if any(step >= self._step and Path(path).exists() for step, path in _saved(_writers(trainer))):
-            trainer.strategy.remove_checkpoint(self._path)
+            if str(trainer.ckpt_path) != self._path:  # anomalib's Engine.train tests the file that it went on from
+                trainer.strategy.remove_checkpoint(self._path)
             self._path = None
         elif trainer.is_global_zero:
             self._tell(trainer)

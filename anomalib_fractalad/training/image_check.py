@@ -28,7 +28,7 @@ _SHOWN = 10  # files named in an error
 _THREADS = 8
 _MANY = 1000  # images from which on progress is shown
 _LARGE = 4_000_000  # pixels of an image that is decoded alone
-_AUTO_PIXELS = 500_000_000  # of a set of images that is decoded as a whole: some ten seconds
+_AUTO_PIXELS = 100_000_000  # of a set of images that is decoded as a whole: some seconds
 
 
 class ImageCheck(Callback):
@@ -40,7 +40,7 @@ class ImageCheck(Callback):
 
     Args:
         mode: ``full`` decodes every image. ``headers`` reads the beginning and the end of each, and decodes masks.
-            ``auto`` decodes the images of a training until 500 million pixels are reached, spread evenly over the set,
+            ``auto`` decodes the images of a training up to 100 million pixels, spread evenly over the set,
             and reads the headers of the rest and of images to validate and test on alone. ``off`` checks nothing. Left
             out, it is the environment variable ANOMALIB_FRACTALAD_IMAGE_CHECK, or ``auto``.
 

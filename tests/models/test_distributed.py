@@ -44,10 +44,10 @@ def test_metrics_are_those_of_one_process(results: Path, name: str, tile_root: P
     assert metrics_of_one_process(name, results / name, tile_root, tmp_path) == pytest.approx(one["metrics"], abs=1e-5)
 
 
-def metrics_of_one_process(name: str, folder: Path, data: Path, root: Path) -> Any:
+def metrics_of_one_process(name: str, folder: Path, data: Path, root: Path, **arguments: Any) -> Any:
     (checkpoint,) = folder.rglob("*.ckpt")
     engine = Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, logger=False)
-    (metrics,) = engine.test(small_model(name), datamodule=make_tiles(data), ckpt_path=checkpoint)
+    (metrics,) = engine.test(small_model(name, **arguments), datamodule=make_tiles(data), ckpt_path=checkpoint)
     return metrics
 
 
@@ -56,7 +56,8 @@ def test_the_program_trains_in_several_processes(results: Path, name: str, tile_
     one, other = of_both(results, f"program_{name}")
     assert one == other
     assert one["processes"] == 2
-    metrics = metrics_of_one_process(name, results / "program" / name, tile_root, tmp_path)
+    program = results / "program" / name  # with the default pre-processor
+    metrics = metrics_of_one_process(name, program, tile_root, tmp_path, pre_processor=True)
     assert metrics == pytest.approx(one["metrics"], abs=1e-5)
 
 

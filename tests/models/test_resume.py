@@ -2,6 +2,7 @@
 """Training that is killed, and checkpoints that are damaged."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,15 +69,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     tiles: Folder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A temporary folder on another disk, where Lightning's own move is a copy, which is cut off."""
+    """A disk that is full after half a file."""
 
-    def cut_off(_source: str, target: str) -> None:
-        Path(target).write_bytes(b"half a file")
-        raise OSError(target)
+    def cut_off(_checkpoint: object, file: Any) -> None:
+        file.write(b"half a file")
+        raise OSError(file.name)
 
     kept = tmp_path / "model.ckpt"
     kept.write_bytes(b"the last checkpoint")
-    monkeypatch.setattr("shutil.move", cut_off)
+    monkeypatch.setattr("torch.save", cut_off)
     engine = small_engine(tmp_path / "run", max_epochs=1, callbacks=[ModelCheckpoint(tmp_path, "model")])
     monkeypatch.setattr(ModelCheckpoint, "file_exists", lambda *_: False)  # so that it takes the same name
     with pytest.raises(OSError, match=r"model\.ckpt\.part"):
