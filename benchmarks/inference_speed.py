@@ -11,12 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
 from anomalib.models import get_model
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from jsonargparse import auto_cli
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import Resize
@@ -96,17 +98,20 @@ def _prepare(
     for name in models:
         size = sizes.get(name, image_size)
         model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
-        flops[name] = _gigaflops(model, size)
+        flops[name], image = _gigaflops(model, size), torch.rand(3, size, size)
         for runtime in runtimes:
-            timed[name, runtime] = _load(model, runtime, Path(folder) / name, size, threads)
+            timed[name, runtime] = _load(model, runtime, Path(folder) / name, image, threads)
     return timed, flops
 
 
-def _load(model: AnomalibModule, runtime: str, folder: Path, size: int, threads: int) -> tuple[Inferencer, Any]:
-    """An exported model, and an image as it takes one."""
-    calibration = [torch.rand(1, 3, size, size).numpy() for _ in range(CALIBRATION_IMAGES)]
-    file = export(model, runtime, folder, (size, size), calibration)
-    return load(file, runtime, threads=threads), as_input(torch.rand(3, size, size), runtime)
+def _load(
+    model: AnomalibModule, runtime: str, folder: Path, image: Tensor, threads: int
+) -> tuple[Inferencer, Tensor | np.ndarray]:
+    """An exported model, and the image as it takes one."""
+    height, width = image.shape[-2:]
+    calibration = [torch.rand(1, 3, height, width).numpy() for _ in range(CALIBRATION_IMAGES)]
+    file = export(model, runtime, folder, (height, width), calibration)
+    return load(file, runtime, threads=threads), as_input(image, runtime)
 
 
 def _interleaved(

@@ -54,7 +54,7 @@ def speed(
     height, width = images[0].shape[-2:]
     with nothing_clamped(model.post_processor, [score for *_, score in scores]):
         file = export(model, runtime, root, (height, width), datamodule)
-    inferencer = load(file, runtime, device, threads)
+    inferencer: Any = load(file, runtime, device, threads)
     size = sum(path.stat().st_size for path in file.parent.glob(f"{runtime}.*")) / 2**20
     result: dict[str, Any] = {"file_mb": size, "input_size": [height, width]}
     if runtime == "torch":
