@@ -19,6 +19,8 @@ _WRONG_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",
 )
 
+_FAST_FORWARD = "increment_progress_to_evaluation_end"  # Lightning's method
+
 
 class ExactResume(Callback):
     """Keeps the states of torch's random number generators, of every process, and passes over the data of an epoch.
@@ -33,6 +35,7 @@ class ExactResume(Callback):
     def _reset(self) -> None:
         self._random_states: Sequence[dict[str, Any]] = ()
         self._batches_done = 0
+        self._epoch_is_over = False  # but for its validation
         self._validation_is_due = False
         self._epoch_state: dict[str, Any] = {}
         self._start_state: dict[str, Any] = {}
@@ -54,7 +57,7 @@ class ExactResume(Callback):
         if resumed := self._resumed_state(trainer):
             set_random_state(resumed["epoch"] if self._batches_done and resumed.get("epoch") else resumed)
             if self._validation_is_due and trainer.enable_validation:
-                # Lightning shuffles first now, and then validates, for whose loader a number would have been drawn.
+                # Lightning shuffles first now. Before, a number would have been drawn for the validation's loader.
                 torch.empty((), dtype=torch.int64).random_()
         elif trainer.global_rank > 0:  # the anomalies of each process are its own
             torch.manual_seed(torch.initial_seed() + (trainer.global_rank << 32))
@@ -72,6 +75,8 @@ class ExactResume(Callback):
                 next(trainer.fit_loop._combined_loader)  # type: ignore[arg-type]  # noqa: SLF001
             set_random_state(resumed)
         self._start_state = random_state()
+        if self._epoch_is_over:
+            _draw_nothing_for_a_validation_passed_over(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the caller's process as it was."""
@@ -79,9 +84,10 @@ class ExactResume(Callback):
         self._restore_warnings()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the caller's process as it was."""
-        del trainer, pl_module, stage
+        """Leave the caller's process, and Lightning's loop, as they were."""
+        del pl_module, stage
         self._restore_warnings()
+        vars(trainer.fit_loop.epoch_loop.val_loop).pop(_FAST_FORWARD, None)
 
     def _restore_warnings(self) -> None:
         for entry in self._filters:
@@ -148,11 +154,28 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find out where in an epoch the checkpoint was written."""
-        del trainer, pl_module
+        del pl_module
         if "random_states" in checkpoint:  # as this package's checkpoints had it at first
             self._random_states = checkpoint["random_states"]
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        progress = loop.get("epoch_loop.batch_progress")
         if progress is not None:
             current, is_last = progress["current"], progress["is_last_batch"]
             self._batches_done = 0 if is_last else current["ready"]
-            self._validation_is_due = is_last and current["completed"] < current["ready"]
+            self._epoch_is_over = is_last and current["completed"] < current["ready"]
+            every = trainer.check_val_every_n_epoch or 1
+            epochs = loop["epoch_progress"]["current"]["processed"] + 1
+            self._validation_is_due = self._epoch_is_over and epochs % every == 0
+
+
+def _draw_nothing_for_a_validation_passed_over(trainer: Trainer) -> None:
+    """Keep Lightning, which goes on with the next epoch, from drawing a number for the loader of a validation."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    pass_over = loop.increment_progress_to_evaluation_end
+
+    def pass_over_silently() -> None:
+        state = random_state()
+        pass_over()
+        set_random_state(state)
+
+    setattr(loop, _FAST_FORWARD, pass_over_silently)

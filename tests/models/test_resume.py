@@ -8,9 +8,8 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from conftest import run_script, small_engine
+from conftest import assert_same_weights, make_tiles, run_script, small_engine, small_model
 from killed_training import POINTS, WORKERS
-from test_all_models import small_model
 
 from anomalib_fractalad import FractalAD
 from anomalib_fractalad.registration import MODELS
@@ -36,6 +35,22 @@ def test_a_killed_and_resumed_training_ends_with_the_same_weights(
     assert len(unbroken) > 10
     for (key, ours), theirs in zip(unbroken.items(), resumed.values(), strict=True):
         assert torch.equal(ours, theirs), key
+
+
+@pytest.mark.parametrize("check_val_every_n_epoch", [1, 2])
+def test_a_training_is_resumed_after_the_last_step_of_an_epoch(
+    check_val_every_n_epoch: int, tile_root: Path, tmp_path: Path
+) -> None:
+    """Lightning leaves the validation out that was due at that time, if it was."""
+    arguments = {"max_epochs": 4, "check_val_every_n_epoch": check_val_every_n_epoch}
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+    unbroken = small_model("FractalAD")
+    small_engine(tmp_path, callbacks=[keep], **arguments).fit(unbroken, datamodule=make_tiles(tile_root))
+    for step in (2, 4):
+        resumed = small_model("FractalAD")
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        small_engine(tmp_path, **arguments).fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+        assert_same_weights(resumed, unbroken)
 
 
 @pytest.fixture(scope="module")

