@@ -12,7 +12,6 @@ from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import torch
-from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.utilities import rank_zero_only
@@ -250,6 +249,8 @@ def _keep_rates(checkpoint: dict[str, Any], kept: Mapping[str, tuple[Any, Any]])
 
 def _model_to_export(cls: type) -> CheckpointArguments | None:
     """The model that anomalib's Engine.export is called with, and drops when it loads a checkpoint in its place."""
+    from anomalib.engine import Engine  # noqa: PLC0415  the engine may be in the middle of its own import
+
     frame = inspect.currentframe()
     caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     model = caller.f_locals.get("model") if caller is not None and caller.f_code is Engine.export.__code__ else None
