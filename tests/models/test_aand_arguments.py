@@ -17,7 +17,7 @@ from anomalib_fractalad.models.aand.student import SmallStudent
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def test_optimiser_settings() -> None:
+def test_optimizer_settings() -> None:
     model = small_model()
     optimizer = model.configure_optimizers()["optimizer"]
     assert type(optimizer) is torch.optim.Adam
@@ -36,7 +36,7 @@ def test_the_default_generator_is_that_of_the_paper() -> None:
 
 
 def test_textures_reach_the_generator(tmp_path: Path, tiles: Folder) -> None:
-    save(torch.full((64, 64), 200).numpy(), tmp_path / "textures" / "grey.png")
+    save(torch.full((64, 64), 200).numpy(), tmp_path / "textures" / "gray.png")
     model = small_model(anomaly_source_path=tmp_path / "textures")
     assert model.generator.spec["init_args"]["anomaly_source_path"] == str(tmp_path / "textures")
     small_engine(tmp_path, fast_dev_run=2).fit(model, datamodule=tiles)

@@ -30,7 +30,7 @@ def test_each_loss_of_stage_one_moves_its_own_part(loss: str, part: str) -> None
 def test_the_loss_of_stage_two_moves_bottleneck_and_decoder(backbone: str) -> None:
     model = small_model(backbone=backbone).train()
     statistics = {name: value.clone() for name, value in model.model.named_buffers()}
-    model._distil(torch.rand(2, 3, 64, 64))["distillation"].backward()
+    model._distill(torch.rand(2, 3, 64, 64))["distillation"].backward()
     assert parts_with_gradient(model) == {"student"}
     assert all(parameter.grad is not None for parameter in model.model.student.parameters())
     changed = {name for name, value in model.model.named_buffers() if not torch.equal(value, statistics[name])}
