@@ -21,12 +21,12 @@ from torchvision.tv_tensors import Mask
 _Result = TypeVar("_Result")
 
 
-class UnreadablePictureError(OSError):
-    """A file is no picture, is broken, or holds values without a known meaning."""
+class UnreadableImageError(OSError):
+    """A file is no image, is broken, or holds values without a known meaning."""
 
 
 def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
-    """Read a picture in RGB.
+    """Read an image in RGB.
 
     Args:
         path: The file.
@@ -36,44 +36,44 @@ def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.n
         float32 tensor of shape (3, height, width) or float64 array of shape (height, width, 3), in [0, 1].
 
     Raises:
-        UnreadablePictureError: As for :func:`open_rgb`.
+        UnreadableImageError: As for :func:`open_rgb`.
     """
-    picture = open_rgb(path)
+    image = open_rgb(path)
     if as_tensor:
-        return to_dtype(to_image(picture), torch.float32, scale=True)  # type: ignore[no-any-return]
-    return np.array(picture) / 255.0
+        return to_dtype(to_image(image), torch.float32, scale=True)  # type: ignore[no-any-return]
+    return np.array(image) / 255.0
 
 
 def read_mask(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
     """Read a mask of defects.
 
     Args:
-        path: The file. Every grey level above 0 is a defect, so that masks of 0 and 1 are also taken.
+        path: The file. Every gray level above 0 is a defect, so that masks of 0 and 1 are also taken.
         as_tensor: Give a tensor instead of an array.
 
     Returns:
-        uint8 tensor of zeros and ones, or uint8 array of the grey levels; shape (height, width).
+        uint8 tensor of zeros and ones, or uint8 array of the gray levels; shape (height, width).
 
     Raises:
-        UnreadablePictureError: If the file cannot be read.
+        UnreadableImageError: If the file cannot be read.
     """
-    picture = _open(path, lambda picture: picture.convert("L"))
-    return Mask(to_image(picture).squeeze(0) > 0, dtype=torch.uint8) if as_tensor else np.array(picture)
+    image = _open(path, lambda image: image.convert("L"))
+    return Mask(to_image(image).squeeze(0) > 0, dtype=torch.uint8) if as_tensor else np.array(image)
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Open a picture in RGB of 8 bits a channel.
+    """Open an image in RGB of 8 bits a channel.
 
-    Grey levels of 16 bits are divided by 256, as Pillow does with colours of 16 bits: 65535 becomes 255.
+    Gray levels of 16 bits are divided by 256, as Pillow does with colors of 16 bits: 65535 becomes 255.
 
     Args:
         path: The file.
 
     Raises:
-        UnreadablePictureError: If the file is no picture, is truncated, holds more pixels than Pillow trusts, or has
-            grey levels of 32 bits that 0 to 255 do not hold; the message names file, problem and remedy.
+        UnreadableImageError: If the file is no image, is truncated, holds more pixels than Pillow trusts, or has
+            gray levels of 32 bits that 0 to 255 do not hold; the message names file, problem and remedy.
     """
-    return _open(path, lambda picture: _in_8_bits(picture).convert("RGB"))
+    return _open(path, lambda image: _in_8_bits(image).convert("RGB"))
 
 
 def check_image(path: str | Path, *, decode: bool = True) -> None:
@@ -84,9 +84,9 @@ def check_image(path: str | Path, *, decode: bool = True) -> None:
         decode: Decode all of it. Otherwise only its header is read, and whether the file ends where a JPEG or PNG ends.
 
     Raises:
-        UnreadablePictureError: As for :func:`open_rgb`.
+        UnreadableImageError: As for :func:`open_rgb`.
     """
-    _open(path, lambda picture: _decode(picture, path, whole=decode))
+    _open(path, lambda image: _decode(image, path, whole=decode))
 
 
 def is_blank(path: str | Path) -> bool:
@@ -96,17 +96,17 @@ def is_blank(path: str | Path) -> bool:
         path: The file, as for :func:`read_mask`.
 
     Raises:
-        UnreadablePictureError: If the file cannot be read.
+        UnreadableImageError: If the file cannot be read.
     """
-    return _open(path, lambda picture: picture.convert("L").getbbox()) is None
+    return _open(path, lambda image: image.convert("L").getbbox()) is None
 
 
-def _decode(picture: Image.Image, path: str | Path, *, whole: bool) -> None:
-    if picture.mode in {"I", "F"}:  # whether they can be read depends on the values
-        _in_8_bits(picture)
-    elif whole or not _is_complete(path, picture.format):
-        picture.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its size
-        picture.load()
+def _decode(image: Image.Image, path: str | Path, *, whole: bool) -> None:
+    if image.mode in {"I", "F"}:  # whether they can be read depends on the values
+        _in_8_bits(image)
+    elif whole or not _is_complete(path, image.format):
+        image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its size
+        image.load()
 
 
 def _is_complete(path: str | Path, kind: str | None) -> bool:
@@ -123,15 +123,15 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 def _open(path: str | Path, convert: Callable[[Image.Image], _Result]) -> _Result:
     try:
-        with Image.open(path) as picture:
-            return convert(picture)
+        with Image.open(path) as image:
+            return convert(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly everything
         if isinstance(error, OSError) and error.filename is not None:
             raise
         msg = f"{path} {_problem(path, error)}"
-        raise UnreadablePictureError(msg) from error
+        raise UnreadableImageError(msg) from error
 
 
 def _problem(path: str | Path, error: Exception) -> str:
@@ -140,7 +140,7 @@ def _problem(path: str | Path, error: Exception) -> str:
     if isinstance(error, _UnknownScaleError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        what = "is empty (0 bytes)" if not Path(path).stat().st_size else "is no picture of a known format"
+        what = "is empty (0 bytes)" if not Path(path).stat().st_size else "is no image of a known format"
     elif "truncated" in str(error).lower():
         what = f"is truncated ({error})"
     else:
@@ -152,18 +152,18 @@ class _UnknownScaleError(ValueError):
     pass
 
 
-def _in_8_bits(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):  # Pillow scales PGM to 16
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in {"I", "F"}:
-        low, high = np.asarray(picture).min(), np.asarray(picture).max()
-        if not 0 <= low <= high <= 255 or (picture.mode == "F" and 0 < high <= 1):
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow scales PGM to 16
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
             msg = (
-                f"has grey levels of 32 bits from {low:g} to {high:g}; black is taken to be 0 and white 255, which "
+                f"has gray levels of 32 bits from {low:g} to {high:g}; black is taken to be 0 and white 255, which "
                 "does not fit. Save it with 8 or 16 bits."
             )
             raise _UnknownScaleError(msg)
-    return picture
+    return image
 
 
 def has_control_characters(path: str | Path) -> bool:

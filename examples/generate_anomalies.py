@@ -28,7 +28,7 @@ def generate(
 
     Args:
         images: A folder of normal images, or one image. Left out, images of SurfaceDefects are taken.
-        output: The picture to write.
+        output: The image to write.
         count: Number of images.
         size: Side of each image in pixels.
         object_mode: Keep anomalies on the object and scale them to its size.

@@ -34,8 +34,8 @@ def draw_sheet(
         images: The images to inspect.
         masks: Their true masks, in the same order.
         model: Name of the model.
-        output: The picture to write.
-        size: Side of each picture in pixels.
+        output: The image to write.
+        size: Side of each image in pixels.
     """
     trained = getattr(anomalib.models, model).load_from_checkpoint(checkpoint, visualizer=False)
     engine = Engine(logger=False, enable_progress_bar=False)
@@ -43,14 +43,14 @@ def draw_sheet(
     if masks:
         rows.append([Image.open(path).convert("RGB").resize((size, size)) for path in masks])
     heat_maps = []
-    for path, picture in zip(images, rows[0], strict=True):
+    for path, image in zip(images, rows[0], strict=True):
         (prediction,) = engine.predict(trained, data_path=path) or ()
-        heat_map = visualize_anomaly_map(prediction.anomaly_map.squeeze()).resize(picture.size)
+        heat_map = visualize_anomaly_map(prediction.anomaly_map.squeeze()).resize(image.size)
         text = f"{prediction.pred_score.item():.2f} {'anomalous' if prediction.pred_label else 'normal'}"
-        heat_maps.append(add_text_to_image(overlay_images(picture, heat_map), text, size=size // 10))
+        heat_maps.append(add_text_to_image(overlay_images(image, heat_map), text, size=size // 10))
     rows.append(heat_maps)
     output.parent.mkdir(parents=True, exist_ok=True)
-    create_image_grid([picture for row in rows for picture in row], nrow=len(images)).save(output)
+    create_image_grid([image for row in rows for image in row], nrow=len(images)).save(output)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def train_predict_export(
         pre_trained: Load ImageNet weights into the teacher, from the hub or its cache.
         epochs: Training length.
         data_root: Where the data set lies or is made.
-        results: Where checkpoints, pictures and the exported model go.
+        results: Where checkpoints, images and the exported model go.
         seed: Seed of the random numbers.
         int8: Quantize the exported model to INT8, calibrated with training images.
 

@@ -24,7 +24,7 @@ def int8_on_new_images(float32: Path, int8: Path, category: str, images: int = 2
 
     Args:
         float32: An exported model, .xml.
-        int8: The same model, quantised.
+        int8: The same model, quantized.
         category: A category of SurfaceDefects.
         images: Normal images, and as many with a defect, of all types and severities.
     """

@@ -19,7 +19,7 @@ def split_by_tile(root: Path, output: Path, gap: int = 100, every: int = 5, firs
     Args:
         root: The data set: train/good, test/good, test/<defect>, ground_truth/<defect>.
         output: A new folder.
-        gap: Photographs whose numbers lie further apart are of different tiles. Neighbours closer than that are kept
+        gap: Photographs whose numbers lie further apart are of different tiles. Neighbors closer than that are kept
             together, of one tile or of two.
         every: Of so many such groups, one goes to the test images.
         first: Which of them.

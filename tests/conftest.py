@@ -126,11 +126,11 @@ def assert_same_prediction(prediction: Any, reference: Any) -> None:
     assert torch.equal(ours, theirs)
 
 
-ODD_FOLDER = "odd pictures 部品 ящик é"  # spaces and letters that are not Latin
+ODD_FOLDER = "odd images 部品 ящик é"  # spaces and letters that are not Latin
 
 
-def make_odd_pictures(folder: Path, *, large: bool = False) -> tuple[list[Path], dict[Path, str]]:
-    """Pictures that are not like the others.
+def make_odd_images(folder: Path, *, large: bool = False) -> tuple[list[Path], dict[Path, str]]:
+    """Images that are not like the others.
 
     Args:
         folder: Where they are written; made if it is not there.
@@ -145,20 +145,20 @@ def make_odd_pictures(folder: Path, *, large: bool = False) -> tuple[list[Path],
     def stripes(height: int, width: int) -> np.ndarray:
         return 120 + 60 * np.sin(np.arange(width) / 2) + random.normal(0, 6, (height, width))
 
-    grey = Image.fromarray(stripes(48, 80).astype(np.uint8))
+    gray = Image.fromarray(stripes(48, 80).astype(np.uint8))
     deep = Image.fromarray((257 * stripes(48, 80)).astype(np.uint16))
-    colour = Image.merge("RGB", [grey, grey.rotate(180), grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
-    transparent = colour.copy()
-    transparent.putalpha(grey)
-    pictures = {
-        "grey.png": grey,
-        "grey and alpha.png": transparent.convert("LA"),
-        "colour.bmp": colour,
+    color = Image.merge("RGB", [gray, gray.rotate(180), gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    transparent = color.copy()
+    transparent.putalpha(gray)
+    images = {
+        "gray.png": gray,
+        "gray and alpha.png": transparent.convert("LA"),
+        "color.bmp": color,
         "rgba.png": transparent,
-        "palette.png": colour.quantize(16),
-        "colour.webp": colour,
-        "bilevel.png": grey.convert("1"),
-        "cmyk.jpg": colour.convert("CMYK"),
+        "palette.png": color.quantize(16),
+        "color.webp": color,
+        "bilevel.png": gray.convert("1"),
+        "cmyk.jpg": color.convert("CMYK"),
         "16 bits.png": deep,
         "16 bits.tif": deep,
         "16 bits.pgm": deep,
@@ -168,22 +168,22 @@ def make_odd_pictures(folder: Path, *, large: bool = False) -> tuple[list[Path],
         "strip.png": Image.fromarray(stripes(7, 1500).astype(np.uint8)),
         "black.png": Image.new("RGB", (64, 64), "black"),
         "white.png": Image.new("RGB", (64, 64), "white"),
-        "деталь 部品 é.png": colour,
-        "CAPITALS.JPG": colour,
+        "деталь 部品 é.png": color,
+        "CAPITALS.JPG": color,
     }
     if large:
-        pictures["6000x4000.jpg"] = Image.fromarray(np.tile(colour, (84, 75, 1))[:4000, :6000])
-    for name, picture in pictures.items():
-        picture.save(folder / name)
+        images["6000x4000.jpg"] = Image.fromarray(np.tile(color, (84, 75, 1))[:4000, :6000])
+    for name, image in images.items():
+        image.save(folder / name)
 
     unreadable = {
         "cut off.png": ("truncated", (folder / "rgba.png").read_bytes()[:2000]),
         "cut off.jpg": ("truncated", (folder / "CAPITALS.JPG").read_bytes()[:900]),
-        "text.png": ("no picture", b"This is a text.\n"),
+        "text.png": ("no image", b"This is a text.\n"),
         "empty.png": ("empty", b""),
     }
     for name, (_, contents) in unreadable.items():
         (folder / name).write_bytes(contents)
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     bad = {folder / name: reason for name, (reason, _) in unreadable.items()} | {folder / "bomb.png": "too large"}
-    return [folder / name for name in pictures], bad
+    return [folder / name for name in images], bad

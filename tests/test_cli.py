@@ -3,18 +3,22 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.models import get_model
-from conftest import assert_same_weights, tile_arguments
+from conftest import assert_same_weights, save, tile_arguments
 from docstring_parser import parse
 
 import anomalib_fractalad
+from anomalib_fractalad import AAND, ADPS, FractalAD
+from anomalib_fractalad.__main__ import config_files, main
 from anomalib_fractalad.registration import MODELS
 
 pytestmark = pytest.mark.slow
@@ -141,18 +145,59 @@ def test_anomalibs_benchmark(tmp_path: Path, tile_root: Path, monkeypatch: pytes
     assert results["pixel_AUPRO"].notna().sum() == len(models) - 1  # not among Padim's metrics
 
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "benchmark" not in path.stem)
+CONFIGS = [path for name, path in config_files().items() if "benchmark" not in name]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_files_are_valid(config: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(config.read_text())
+def test_the_command_in_each_config_file(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    save(np.zeros((8, 8), np.uint8), tmp_path / "texture.png")
+    (command,) = (line for line in config.read_text().splitlines() if line.startswith("# anomalib train"))
+    assert f"configs/{config.name}" in command
     program = cli(
-        *("train", "--config", config, *SMALL, "--default_root_dir", tmp_path),
-        *("--data.init_args.root", tmp_path / "data"),
+        *(argument.replace("PATH", str(tmp_path)) for argument in command.split()[2:]),
+        *(*SMALL, "--default_root_dir", tmp_path, "--data.init_args.root", tmp_path / "data"),
         run=False,
     )
-    assert type(program.model) is getattr(anomalib_fractalad, content["model"]["class_path"])
+    expected = {"aand": AAND, "adps": ADPS}.get(config.stem.partition("_")[0], FractalAD)
+    assert type(program.model) is expected
+    assert Path(program.datamodule.root) == tmp_path / "data"
+
+
+def test_small_configs_go_on_top_of_others(tmp_path: Path) -> None:
+    def train(*names: str) -> AnomalibCLI:
+        files = [argument for name in names for argument in ("--config", config_files()[name])]
+        return cli("train", *files, *SMALL, "--default_root_dir", tmp_path, "--data.root", tmp_path, run=False)
+
+    texture = train("fractalad", "fractalad_texture")
+    assert (texture.model.weight_decay, texture.model.learning_rate) == (0.01, 0.001)
+    assert texture.datamodule.category == "carpet"
+    fine = train("magnetic_tile", "aand_coarse_centered_slim", "aand_fine_embedding")
+    assert isinstance(fine.model, AAND)
+    assert fine.model.hparams["fine_embedding"]
+    assert fine.model.hparams["amplifier_width"] == 128
+    assert (fine.datamodule.train_batch_size, fine.datamodule.eval_batch_size) == (16, 32)
+    assert fine.datamodule.abnormal_dir[0] == "test/blowhole"
+    assert fine.config["train"]["trainer"]["max_epochs"] == 66
+
+
+def test_information_on_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("quickstart", "quickstart.yaml"):
+        assert main(["config", name]) == 0
+        assert Path(capsys.readouterr().out.strip()).samefile(ROOT / "configs" / "quickstart.yaml")
+    main(["config"])
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in listed] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert all(text.endswith(".") for _, text in listed)
+    assert main(["status"]) == 0
+    assert f"models: {', '.join(MODELS)}\n" in capsys.readouterr().out
+    for wrong in (["config", "quick"], ["configs"], ["status", "all"], []):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit, match="0"):
+        main(["config", "--help"])
+    assert "usage: python -m anomalib_fractalad config [-h] [name]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ODD_FOLDER, make_odd_pictures
+from conftest import ODD_FOLDER, make_odd_images
 from PIL import Image
 
 from anomalib_fractalad import SurfaceDefects
@@ -78,7 +78,7 @@ def test_openvino_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each image has a heat map of its own, and what cannot be read, or is a heat map, is passed over."""
-    good, bad = make_odd_pictures(tmp_path / ODD_FOLDER)
+    good, bad = make_odd_images(tmp_path / ODD_FOLDER)
     for suffix in (".bmp", ".jpg"):  # names that differ by their endings alone
         good.append((tmp_path / ODD_FOLDER / "gray.png").with_suffix(suffix))
         Image.new("RGB", (48, 32)).save(good[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that are not like the others: read, trained on, predicted, and given to exported models."""
+"""Images that are not like the others: read, trained on, predicted, and given to exported models."""
 
 import importlib.util
 import logging
@@ -18,7 +18,7 @@ from anomalib.data.utils import get_image_filenames, read_image, read_mask
 from conftest import (
     ODD_FOLDER,
     SIZE,
-    make_odd_pictures,
+    make_odd_images,
     save,
     small_engine,
 )
@@ -27,16 +27,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Pad
 
 import anomalib_fractalad
-from anomalib_fractalad.image_files import UnreadablePictureError
+from anomalib_fractalad.image_files import UnreadableImageError
 from anomalib_fractalad.registration import MODELS
-from anomalib_fractalad.training.image_check import check_pictures, leave_out_unreadable
+from anomalib_fractalad.training.image_check import check_images, leave_out_unreadable
 
 Odd = tuple[list[Path], dict[Path, str]]
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Odd:
-    return make_odd_pictures(tmp_path_factory.mktemp("pictures") / ODD_FOLDER, large=True)
+    return make_odd_images(tmp_path_factory.mktemp("images") / ODD_FOLDER, large=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def folder_of(normal: Path, **arguments: Any) -> Folder:
 # Reading
 
 
-def test_pictures_of_8_bits_are_read_as_anomalib_reads_them(odd: Odd, anomalibs_own: ModuleType) -> None:
+def test_images_of_8_bits_are_read_as_anomalib_reads_them(odd: Odd, anomalibs_own: ModuleType) -> None:
     for path in odd[0]:
         if "16 bits" not in path.name:
             for as_tensor in (False, True):
@@ -89,19 +89,19 @@ def test_pictures_of_8_bits_are_read_as_anomalib_reads_them(odd: Odd, anomalibs_
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif", ".pgm"])
-def test_grey_levels_of_16_bits_are_divided_by_256(ending: str, tmp_path: Path) -> None:
-    deep, colour = tmp_path / f"deep{ending}", tmp_path / "colour.png"
+def test_gray_levels_of_16_bits_are_divided_by_256(ending: str, tmp_path: Path) -> None:
+    deep, color = tmp_path / f"deep{ending}", tmp_path / "color.png"
     levels = np.array([[0, 255, 256, 4095, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(levels).save(deep)
-    cv2.imwrite(str(colour), np.stack([levels] * 3, axis=-1))
+    cv2.imwrite(str(color), np.stack([levels] * 3, axis=-1))
     expected = np.array([[0, 0, 1, 15, 128, 255]]) / 255
     assert np.array_equal(read_image(deep), np.stack([expected] * 3, axis=-1))
-    assert np.array_equal(read_image(deep), read_image(colour))
+    assert np.array_equal(read_image(deep), read_image(color))
     assert torch.allclose(read_image(deep, as_tensor=True), torch.tensor(expected, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("kind", "levels"), [(np.float32, [0, 0.5, 255]), (np.int32, [0, 1, 255]), (np.float32, [0])])
-def test_grey_levels_of_32_bits_up_to_255_stay(
+def test_gray_levels_of_32_bits_up_to_255_stay(
     kind: type,
     levels: list[float],
     tmp_path: Path,
@@ -115,9 +115,9 @@ def test_grey_levels_of_32_bits_up_to_255_stay(
     ("kind", "levels"),
     [(np.float32, [0, 1]), (np.float32, [0, 256]), (np.float32, [-1, 9]), (np.float32, [0, np.nan]), (np.int32, [999])],
 )
-def test_grey_levels_of_32_bits_that_do_not_fit_are_refused(kind: type, levels: list[float], tmp_path: Path) -> None:
+def test_gray_levels_of_32_bits_that_do_not_fit_are_refused(kind: type, levels: list[float], tmp_path: Path) -> None:
     Image.fromarray(np.array([levels], dtype=kind)).save(tmp_path / "a.tif")
-    with pytest.raises(UnreadablePictureError, match=r"a\.tif has grey levels of 32 bits from .* Save it with 8 or 16"):
+    with pytest.raises(UnreadableImageError, match=r"a\.tif has gray levels of 32 bits from .* Save it with 8 or 16"):
         read_image(tmp_path / "a.tif")
 
 
@@ -144,7 +144,7 @@ def test_masks_of_one_row_keep_both_dimensions(tmp_path: Path) -> None:
 def test_errors_name_the_file_and_what_is_wrong(odd: Odd) -> None:
     for path, reason in odd[1].items():
         for read in (read_image, read_mask):
-            with pytest.raises(UnreadablePictureError) as error:
+            with pytest.raises(UnreadableImageError) as error:
                 read(path)
             assert str(error.value).startswith(f"{path} is ")
             assert reason in str(error.value)
@@ -153,7 +153,7 @@ def test_errors_name_the_file_and_what_is_wrong(odd: Odd) -> None:
 def test_a_decoder_that_fails_otherwise_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(np.zeros((4, 4)), tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "convert", lambda *_: 1 // 0)
-    with pytest.raises(UnreadablePictureError, match=r"a\.png cannot be decoded \(ZeroDivisionError: .* Replace"):
+    with pytest.raises(UnreadableImageError, match=r"a\.png cannot be decoded \(ZeroDivisionError: .* Replace"):
         read_image(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "convert", lambda *_: bytearray(1 << 62))
     with pytest.raises(MemoryError):
@@ -175,16 +175,16 @@ def test_paths_may_hold_letters_of_any_script_but_no_control_characters(odd: Odd
 # Training
 
 
-def save_black_pictures(root: Path, count: int) -> None:
+def save_black_images(root: Path, count: int) -> None:
     for folder in ("good", "defect", "mask"):
         for i in range(count):
             save(np.zeros((8, 16)), root / folder / f"{i}.png")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training_names_all_unreadable_pictures_before_it_begins(name: str, odd: Odd, tmp_path: Path) -> None:
+def test_training_names_all_unreadable_images_before_it_begins(name: str, odd: Odd, tmp_path: Path) -> None:
     model = model_of(name)
-    with pytest.raises(UnreadablePictureError, match=f"^{len(odd[1])} picture") as error:
+    with pytest.raises(UnreadableImageError, match=f"^{len(odd[1])} image") as error:
         small_engine(tmp_path, max_epochs=1).fit(model, datamodule=folder_of(odd[0][0].parent))
     assert model.global_step == 0
     for path, reason in odd[1].items():
@@ -192,7 +192,7 @@ def test_training_names_all_unreadable_pictures_before_it_begins(name: str, odd:
 
 
 def test_training_checks_test_images_and_masks(tmp_path: Path) -> None:
-    save_black_pictures(tmp_path, 2)
+    save_black_images(tmp_path, 2)
     (tmp_path / "defect/0.png").write_bytes(b"")
     (tmp_path / "mask/1.png").write_bytes(b"text")
     data = folder_of(
@@ -201,19 +201,19 @@ def test_training_checks_test_images_and_masks(tmp_path: Path) -> None:
         mask_dir=tmp_path / "mask",
         val_split_mode="from_train",
     )
-    with pytest.raises(UnreadablePictureError, match=r"^2 picture") as error:
+    with pytest.raises(UnreadableImageError, match=r"^2 image") as error:
         small_engine(tmp_path, max_epochs=1).fit(model_of("FractalAD"), datamodule=data)
     assert f"{tmp_path / 'defect/0.png'} is empty" in str(error.value)
-    assert f"{tmp_path / 'mask/1.png'} is no picture" in str(error.value)
+    assert f"{tmp_path / 'mask/1.png'} is no image" in str(error.value)
 
 
-def test_of_many_unreadable_pictures_ten_are_named(tmp_path: Path) -> None:
+def test_of_many_unreadable_images_ten_are_named(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / f"{i:02}.png").touch()
-    with pytest.raises(UnreadablePictureError, match=r"and 2 more$") as error:
-        check_pictures([PredictDataset(tmp_path)])
+    with pytest.raises(UnreadableImageError, match=r"and 2 more$") as error:
+        check_images([PredictDataset(tmp_path)])
     assert str(error.value).count("is empty") == 10
-    check_pictures([None, [1, 2, 3], object.__new__(AvenueDataset)])
+    check_images([None, [1, 2, 3], object.__new__(AvenueDataset)])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_masks_have_their_images_proportions(size: tuple[int, int], fits: bool, 
     data = folder_of(good, normal_test_dir=good, abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")
     data.setup()
     if fits:
-        check_pictures([data.test_data])
+        check_images([data.test_data])
         (batch,) = data.test_dataloader()
         assert batch.gt_mask.shape == (2, 8, 16)
         assert batch.gt_mask.flatten(1).float().mean(dim=1).tolist() == batch.gt_label.tolist()
@@ -237,18 +237,16 @@ def test_masks_have_their_images_proportions(size: tuple[int, int], fits: bool, 
         assert batch.image.shape[-2:] == (24, 32)
         assert batch.gt_mask.flatten(1).float().mean(dim=1).tolist() == pytest.approx((batch.gt_label / 6).tolist())
         return
-    with pytest.raises(
-        UnreadablePictureError, match=rf"mask.0\.png is a mask of {size[1]}x{size[0]} .* 16x8, .*defect"
-    ):
-        check_pictures([data.test_data])
+    with pytest.raises(UnreadableImageError, match=rf"mask.0\.png is a mask of {size[1]}x{size[0]} .* 16x8, .*defect"):
+        check_images([data.test_data])
     assert leave_out_unreadable([data.test_data]) == []
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("picture", ["black.png", "white.png", "one pixel.png"])
-def test_training_on_one_picture(name: str, picture: str, odd: Odd, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", ["black.png", "white.png", "one pixel.png"])
+def test_training_on_one_image(name: str, image: str, odd: Odd, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
-    shutil.copy(odd[0][0].with_name(picture), tmp_path / "one")
+    shutil.copy(odd[0][0].with_name(image), tmp_path / "one")
     model = model_of(name)
     engine = small_engine(tmp_path, max_epochs=2)
     engine.fit(model, datamodule=folder_of(tmp_path / "one"))
@@ -282,11 +280,11 @@ def test_empty_folders_are_named(tmp_path: Path) -> None:
         small_engine(tmp_path).predict(model_of("FractalAD"), data_path=folder)
 
 
-# Prediction; what exported models make of these pictures is in models/test_one_score.py
+# Prediction; what exported models make of these images is in models/test_one_score.py
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_odd_pictures_are_predicted_and_unreadable_ones_left_out(
+def test_odd_images_are_predicted_and_unreadable_ones_left_out(
     name: str,
     odd: Odd,
     good: Path,
@@ -301,7 +299,7 @@ def test_odd_pictures_are_predicted_and_unreadable_ones_left_out(
     with caplog.at_level(logging.WARNING):
         predictions = {Path(p.image_path[0]): p for p in engine.predict(model, data_path=odd[0][0].parent)}
     assert list(predictions) == sorted(odd[0])
-    assert f"{len(odd[1])} picture(s) left out of the prediction" in caplog.text
+    assert f"{len(odd[1])} image(s) left out of the prediction" in caplog.text
     assert all(str(path) in caplog.text for path in odd[1])
     assert all(prediction.anomaly_map.isfinite().all() for prediction in predictions.values())
 
@@ -311,7 +309,7 @@ def test_batches_of_a_loader_close_ranks(workers: int, tmp_path: Path) -> None:
     for i in range(5):
         save(np.full((8, 8), 20 * i), tmp_path / f"{i}.png")
     for i in (0, 3):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
     data = PredictDataset(tmp_path)
     loader = DataLoader(data, batch_size=2, collate_fn=data.collate_fn, num_workers=workers)
     predictions = small_engine(tmp_path).predict(model_of("FractalAD"), dataloaders=loader)
@@ -319,7 +317,7 @@ def test_batches_of_a_loader_close_ranks(workers: int, tmp_path: Path) -> None:
 
 
 def test_prediction_of_a_data_module_leaves_out_images_and_masks_that_cannot_be_read(tmp_path: Path) -> None:
-    save_black_pictures(tmp_path, 4)
+    save_black_images(tmp_path, 4)
     (tmp_path / "defect/0.png").write_bytes(b"")
     (tmp_path / "mask/2.png").write_bytes(b"")
     data = folder_of(tmp_path / "good", abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")
@@ -327,15 +325,15 @@ def test_prediction_of_a_data_module_leaves_out_images_and_masks_that_cannot_be_
     assert [Path(path).stem for path in batch.image_path if "defect" in path] == ["1", "3"]
 
 
-def test_prediction_without_a_readable_picture_names_them(odd: Odd, tmp_path: Path) -> None:
+def test_prediction_without_a_readable_image_names_them(odd: Odd, tmp_path: Path) -> None:
     for path in odd[1]:
         shutil.copy(path, tmp_path)
-    with pytest.raises(UnreadablePictureError, match=f"^{len(odd[1])} picture") as error:
+    with pytest.raises(UnreadableImageError, match=f"^{len(odd[1])} image") as error:
         small_engine(tmp_path).predict(model_of("FractalAD"), data_path=tmp_path)
     assert all(str(tmp_path / path.name) in str(error.value) for path in odd[1])
 
 
-def test_heat_maps_are_drawn_on_pictures_of_16_bits(tmp_path: Path) -> None:
+def test_heat_maps_are_drawn_on_images_of_16_bits(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32), 128 << 8, dtype=np.uint16)).save(tmp_path / "deep.png")
     model = anomalib_fractalad.FractalAD(backbone="test_resnet", pre_trained=False)
     small_engine(tmp_path / "results").predict(model, data_path=tmp_path / "deep.png")

@@ -28,7 +28,7 @@ class ModelEntry(TypedDict, total=False):
         init_args: Arguments of the model.
         name: Name in the report; the class's own unless given.
         epochs: Training length in epochs.
-        steps: Training length in optimiser steps, in place of epochs.
+        steps: Training length in optimizer steps, in place of epochs.
         train_batch_size: Images in a training batch, in place of the data's own.
         precision: Precision of training, such as ``bf16-mixed``, in place of Lightning's ``32-true``.
     """

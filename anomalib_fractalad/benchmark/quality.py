@@ -117,9 +117,9 @@ class ScoreCollector(Callback):
                 continue
             entry["score"] = image.score
             heat_map = visualize_anomaly_map((image.anomaly_map - low) / (high - low).clamp(min=1e-30))
-            picture = open_rgb(image.path).resize(heat_map.size)
-            picture.save(self.folder / f"image_{number}.png")
-            overlay_images(picture, heat_map).save(self.folder / f"map_{number}.png")
+            plain = open_rgb(image.path).resize(heat_map.size)
+            plain.save(self.folder / f"image_{number}.png")
+            overlay_images(plain, heat_map).save(self.folder / f"map_{number}.png")
             if image.mask is not None:
                 to_pil_image(image.mask.float()).save(self.folder / f"mask_{number}.png")
 

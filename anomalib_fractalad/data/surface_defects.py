@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 CATEGORIES = tuple(PAINTERS)
 _MANIFEST = "surface_defects.json"
 _EDITION = 1
-"""Raised whenever the pictures change, so that folders of an older edition are written anew."""
+"""Raised whenever the images change, so that folders of an older edition are written anew."""
 _TRAIN_GOOD, _TEST_GOOD, _PER_DEFECT = 60, 20, 10
 
 
 class _Shot(NamedTuple):
-    """One picture: its files below the category's folder and what ``paint`` needs to make it again."""
+    """One image: its files below the category's folder and what ``paint`` needs to make it again."""
 
     image: str
     mask: str | None
@@ -138,7 +138,7 @@ class SurfaceDefects(AnomalibDataModule):
     """A small inspection data set in MVTec AD's layout, written on first use; nothing is downloaded.
 
     Each category has 60 normal training, 20 normal and 40 defective test images: 256x256 RGB PNG files, with masks
-    (0 or 255) of the pixels that the defect visibly changes. The pictures are rendered, the same on every run:
+    (0 or 255) of the pixels that the defect visibly changes. The images are rendered, the same on every run:
 
     - ``fabric``: woven cloth; contamination, cut, missing thread, stain.
     - ``metal_plate``: brushed steel; contamination, dent, scratch, stain.

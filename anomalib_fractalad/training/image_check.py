@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from tqdm import tqdm
 
-from anomalib_fractalad.image_files import UnreadablePictureError, check_image, is_blank
+from anomalib_fractalad.image_files import UnreadableImageError, check_image, is_blank
 
 from .loaders import current_loaders, datasets_of
 
@@ -60,7 +60,7 @@ class ImageCheck(Callback):
         """Check the images to train, validate and test on.
 
         Raises:
-            UnreadablePictureError: If some cannot be used.
+            UnreadableImageError: If some cannot be used.
         """
         del pl_module
         test_data = getattr(getattr(trainer, "datamodule", None), "test_data", None)
@@ -87,19 +87,19 @@ class ImageCheck(Callback):
             self._checked.update(items)
         if message := trainer.strategy.broadcast(message):
             self._checked.clear()
-            raise UnreadablePictureError(message)
+            raise UnreadableImageError(message)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave out images that cannot be read, and say which, so that the others are predicted.
 
         Raises:
-            UnreadablePictureError: If none can be read.
+            UnreadableImageError: If none can be read.
         """
         del pl_module
         if self.mode == "off" or not (left_out := leave_out_unreadable(datasets_of(current_loaders(trainer)))):
             return
         if trainer.is_global_zero:
-            logger.warning("\n  ".join([f"{len(left_out)} picture(s) left out of the prediction:", *left_out]))
+            logger.warning("\n  ".join([f"{len(left_out)} image(s) left out of the prediction:", *left_out]))
         loop = trainer.predict_loop  # its samplers and workers still have the longer lists
         loop.setup_data()
         loop.reset()
@@ -113,7 +113,7 @@ class ImageCheck(Callback):
         self._checked.update(state_dict["checked"])
 
 
-def check_pictures(datasets: Iterable[Any], mode: Mode = "full") -> None:
+def check_images(datasets: Iterable[Any], mode: Mode = "full") -> None:
     """Check images and masks of data sets once.
 
     Args:
@@ -121,12 +121,12 @@ def check_pictures(datasets: Iterable[Any], mode: Mode = "full") -> None:
         mode: As for :class:`ImageCheck`.
 
     Raises:
-        UnreadablePictureError: If some cannot be read, or a mask marks nothing, is missing or has other proportions
+        UnreadableImageError: If some cannot be read, or a mask marks nothing, is missing or has other proportions
             than its image; the message names the files and what is wrong with each.
     """
     problems = _problems([item for dataset in datasets for item in _items(dataset)], mode)
     if problems:
-        raise UnreadablePictureError(_message(problems))
+        raise UnreadableImageError(_message(problems))
 
 
 def leave_out_unreadable(datasets: Sequence[Any]) -> list[str]:
@@ -139,12 +139,12 @@ def leave_out_unreadable(datasets: Sequence[Any]) -> list[str]:
         What is wrong with each of the images left out.
 
     Raises:
-        UnreadablePictureError: If nothing would be left.
+        UnreadableImageError: If nothing would be left.
     """
     items = [list(_items(dataset)) for dataset in datasets]
     problems = _run(chain(*items), _unreadable)
     if problems and problems.keys() == set(chain(*items)):
-        raise UnreadablePictureError(_message(problems))
+        raise UnreadableImageError(_message(problems))
     if problems:
         for dataset, candidates in zip(datasets, items, strict=True):
             kept = [index for index, item in enumerate(candidates) if item not in problems]
@@ -212,7 +212,7 @@ def _run(items: Iterable[_Item], problem: Callable[[_Item], str]) -> dict[_Item,
 def _message(problems: dict[_Item, str]) -> str:
     shown = list(problems.values())[:_SHOWN]
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    return "\n  ".join([f"{len(problems)} picture(s) cannot be used:", *shown, *more])
+    return "\n  ".join([f"{len(problems)} image(s) cannot be used:", *shown, *more])
 
 
 _large_images = Semaphore()
@@ -264,5 +264,5 @@ def _pixels(item: _Item) -> int:
 
 
 def _size(path: str) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from anomalib_fractalad.image_files import UnreadablePictureError
+from anomalib_fractalad.image_files import UnreadableImageError
 
 _SHOWN = 10
 
@@ -22,7 +22,7 @@ def check_mask_folders(datamodule: Any) -> None:
             passed over.
 
     Raises:
-        UnreadablePictureError: If an image lacks its mask or a mask its image.
+        UnreadableImageError: If an image lacks its mask or a mask its image.
     """
     problems = []
     for image_folders, mask_folders in _pairs(datamodule):
@@ -39,7 +39,7 @@ def check_mask_folders(datamodule: Any) -> None:
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         msg = "\n  ".join(["images and masks do not match:", *problems[:_SHOWN], *more])
-        raise UnreadablePictureError(msg)
+        raise UnreadableImageError(msg)
 
 
 def _pairs(datamodule: Any) -> Iterator[tuple[list[Path], list[Path]]]:

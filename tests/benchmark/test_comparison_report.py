@@ -93,14 +93,14 @@ def test_jobs_without_a_result_have_their_reason(report: str, tmp_path: Path) ->
 
 def test_the_sheet_shows_every_model_on_the_same_images(tmp_path: Path) -> None:
     jobs = [make_job("red", 0), make_job("blue", 0)]
-    for job, colour in zip(jobs, ("red", "blue"), strict=True):
+    for job, color in zip(jobs, ("red", "blue"), strict=True):
         record = write(tmp_path, job, 0.5, sheet=[{"image_path": "test/dent/0.png", "score": 0.25}])
         record.folder.mkdir()
-        for kind, fill in (("image", "lime"), ("mask", "white"), ("map", colour)):
+        for kind, fill in (("image", "lime"), ("mask", "white"), ("map", color)):
             Image.new("RGB", (32, 32), fill).save(record.folder / f"{kind}_0.png")
     assert "(heat_maps_part.png)" in write_report(jobs, tmp_path).read_text()
     pixels = np.asarray(Image.open(tmp_path / "heat_maps_part.png").convert("RGB")).reshape(-1, 3)
-    areas = [(pixels == colour).all(axis=1).sum() for colour in ((0, 255, 0), (255, 0, 0), (0, 0, 255))]
+    areas = [(pixels == color).all(axis=1).sum() for color in ((0, 255, 0), (255, 0, 0), (0, 0, 255))]
     assert min(areas) > 1000
     assert max(areas) < 1.1 * min(areas)
 

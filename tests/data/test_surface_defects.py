@@ -189,9 +189,9 @@ def test_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_other_peoples_folder_is_refused(tmp_path: Path) -> None:
-    picture = tmp_path / "fabric/train/good/000.png"
-    picture.parent.mkdir(parents=True)
-    picture.write_bytes(b"mine")
+    image = tmp_path / "fabric/train/good/000.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=r"fabric holds files that SurfaceDefects did not write.*another root"):
         SurfaceDefects(tmp_path, "fabric").prepare_data()
     assert contents(tmp_path) == {"fabric/train/good/000.png": b"mine"}
@@ -222,7 +222,7 @@ def test_masks_are_where_the_defect_shows(category: str, defect: str) -> None:
 
 
 @pytest.mark.parametrize("category", list(PAINTERS))
-def test_pictures_vary_and_are_well_exposed(category: str) -> None:
+def test_images_vary_and_are_well_exposed(category: str) -> None:
     first, second = (paint(category, (0, i)).image.astype(int) for i in range(2))
     assert np.abs(first - second).mean() > 2
     assert np.array_equal(first, paint(category, (0, 0)).image)

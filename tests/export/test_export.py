@@ -29,7 +29,7 @@ from conftest import (
     FLOAT32,
     assert_same_prediction,
     in_onnx_runtime,
-    make_odd_pictures,
+    make_odd_images,
     save,
     small_engine,
     small_model,
@@ -47,7 +47,7 @@ from anomalib_fractalad.registration import MODELS
 COUNT = 200
 SIZES = [(64, 64), (48, 48), (100, 150), (41, 33), (8, 200), (300, 17), (96, 64), (3, 3), (128, 128), (250, 180)]
 TOLERANCE = {"TorchInferencer": 1e-3, "ONNX Runtime": 1e-3, "OpenVINO FP32": 1e-3, "OpenVINO FP16": 1e-2}
-THRESHOLD = 0.65  # of normalised scores; that of briefly trained models would call nearly all pictures anomalous
+THRESHOLD = 0.65  # of normalized scores; that of briefly trained models would call nearly all images anomalous
 DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95, "OpenVINO FP16": 0.85}
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -101,26 +101,26 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 pictures: odd ones, and striped plates of many sizes without and with blots, from faint to black."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 images: odd ones, and striped plates of many sizes without and with blots, from faint to black."""
+    root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(1)
-    odd, unreadable = make_odd_pictures(root / "odd", large=True)
+    odd, unreadable = make_odd_images(root / "odd", large=True)
     for file in unreadable:
         file.unlink()
     for i in range(COUNT - len(odd)):
         height, width = SIZES[i % len(SIZES)]
-        picture = 120 + 40 * np.sin(np.arange(width) / 2 + random.uniform(0, 6)) + random.normal(0, 6, (height, width))
+        image = 120 + 40 * np.sin(np.arange(width) / 2 + random.uniform(0, 6)) + random.normal(0, 6, (height, width))
         if i % 3:
             rows, columns = (slice(side // 4, side // 4 + max(side // 4, 1)) for side in (height, width))
-            picture[rows, columns] -= random.uniform(0, 100)
-        save(picture, root / ("blot" if i % 3 else "good") / f"{i:03}.png")
+            image[rows, columns] -= random.uniform(0, 100)
+        save(image, root / ("blot" if i % 3 else "good") / f"{i:03}.png")
     return root
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Trained]:
-    """Models whose threshold and normalisation come from the pictures, so that scores lie on both sides of it."""
+def trained(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str, Trained]:
+    """Models whose threshold and normalization come from the images, so that scores lie on both sides of it."""
     models = {}
     for name in MODELS:
         torch.manual_seed(0)
@@ -133,8 +133,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[st
             **EXTRA.get(name, {}),
         )
         data = Folder(
-            name="pictures",
-            root=pictures,
+            name="images",
+            root=images,
             normal_dir="good",
             normal_test_dir="good",
             abnormal_dir="blot",
@@ -193,17 +193,17 @@ def collect(predictions: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pictures_score_the_same_everywhere(
+def test_images_score_the_same_everywhere(
     name: str,
     trained: dict[str, Trained],
     exported: dict[str, Path],
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    predictions = trained[name].engine.predict(trained[name].model, data_path=pictures)
+    predictions = trained[name].engine.predict(trained[name].model, data_path=images)
     files = [Path(prediction.image_path[0]) for prediction in predictions]
     assert len(files) == COUNT
     scores, labels = collect(predictions)

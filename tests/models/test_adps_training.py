@@ -165,7 +165,7 @@ def test_tiles_that_do_not_divide_are_refused_before_anything_else(
         model.to_onnx(tmp_path, input_size=(80, 64))
 
 
-def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
+def test_a_normalizing_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
     transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
     with pytest.raises(ValueError, match="pre-processor of ADPS must not contain Normalize"):
         small_engine(tmp_path, max_epochs=1).fit(small_model(pre_processor=PreProcessor(transform)), datamodule=tiles)

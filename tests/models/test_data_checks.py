@@ -24,10 +24,10 @@ from torchvision import transforms as v1
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, RandomApply, RandomChoice, Resize
 
 import anomalib_fractalad
-from anomalib_fractalad.image_files import UnreadablePictureError
+from anomalib_fractalad.image_files import UnreadableImageError
 from anomalib_fractalad.registration import MODELS
 from anomalib_fractalad.training import image_check
-from anomalib_fractalad.training.image_check import ImageCheck, check_pictures
+from anomalib_fractalad.training.image_check import ImageCheck, check_images
 from anomalib_fractalad.training.plain_images import find_normalize
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -128,23 +128,23 @@ def test_masks_that_cannot_be_right_are_named_with_their_images(tile_root: Path,
     image, mask = root / "test/blot/001.png", root / "ground_truth/blot/001.png"
     save(np.zeros((64, 64)), mask)
     for use in ("fit", "validate", "test"):
-        with pytest.raises(UnreadablePictureError, match=rf"^1 .*\n  {mask} marks nothing, while its image, {image},"):
+        with pytest.raises(UnreadableImageError, match=rf"^1 .*\n  {mask} marks nothing, while its image, {image},"):
             getattr(small_engine(tmp_path), use)(model=small_model("FractalAD"), datamodule=make_tiles(root))
 
     data = make_tiles(root)
     data.setup()
     data.test_data.samples.loc[lambda samples: samples.mask_path == str(mask), "mask_path"] = ""
-    with pytest.raises(UnreadablePictureError, match=rf"{image} is anomalous and has no mask, while other"):
-        check_pictures([data.test_data])
+    with pytest.raises(UnreadableImageError, match=rf"{image} is anomalous and has no mask, while other"):
+        check_images([data.test_data])
     data = make_tiles(root)
     data.setup()
     mask.unlink()
-    with pytest.raises(UnreadablePictureError, match=rf"{mask}, the mask of {image}, does not exist"):
-        check_pictures([data.test_data])
+    with pytest.raises(UnreadableImageError, match=rf"{mask}, the mask of {image}, does not exist"):
+        check_images([data.test_data])
 
     (root / "ground_truth/blot/002.png").rename(root / "ground_truth/blot/9.png")
     for use in ("fit", "test"):
-        with pytest.raises(UnreadablePictureError) as error:
+        with pytest.raises(UnreadableImageError) as error:
             getattr(small_engine(tmp_path), use)(small_model("FractalAD"), datamodule=make_tiles(root))
         assert f"{image} is anomalous and has no mask in" in str(error.value)
         assert f"{root / 'ground_truth/blot/9.png'} is a mask without an image" in str(error.value)
@@ -162,7 +162,7 @@ def test_images_are_checked_as_far_as_asked_for_and_once(
 
     def check(mode: Any) -> list[str]:
         decoded.clear()
-        check_pictures([data.train_data], mode)
+        check_images([data.train_data], mode)
         return sorted(set(decoded))
 
     assert (len(check("full")), len(check("auto")), check("headers"), check("off")) == (8, 8, [], [])
@@ -174,9 +174,9 @@ def test_images_are_checked_as_far_as_asked_for_and_once(
     whole = broken.read_bytes()
     broken.write_bytes(whole[:-100])
     for mode in ("full", "headers"):
-        with pytest.raises(UnreadablePictureError, match=rf"{broken} is truncated"):
-            check_pictures([data.train_data], mode)
-    check_pictures([data.train_data], "off")
+        with pytest.raises(UnreadableImageError, match=rf"{broken} is truncated"):
+            check_images([data.train_data], mode)
+    check_images([data.train_data], "off")
 
     broken.write_bytes(whole)
     checked = []

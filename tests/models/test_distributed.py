@@ -68,15 +68,15 @@ def test_checkpoints_hold_the_random_numbers_of_every_process(results: Path, nam
     assert not torch.equal(one["cpu"], other["cpu"])
 
 
-@pytest.mark.parametrize(("pictures", "seen"), [(4, 4), (5, 6)])
-def test_pictures_that_are_validated_more_than_once_are_told(
-    pictures: int,
+@pytest.mark.parametrize(("images", "seen"), [(4, 4), (5, 6)])
+def test_images_that_are_validated_more_than_once_are_told(
+    images: int,
     seen: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    chosen = torch.rand(pictures, 1)  # by a sampler of the user's own, out of ten
+    chosen = torch.rand(images, 1)  # by a sampler of the user's own, out of ten
     loader = DataLoader(TensorDataset(torch.rand(10, 1)), sampler=DistributedSampler(chosen, num_replicas=2, rank=0))
     warn_of_repetitions([loader, [1, 2]])
-    expected = [f"Lightning makes {seen} validation images out of {pictures}"] if seen > pictures else []
+    expected = [f"Lightning makes {seen} validation images out of {images}"] if seen > images else []
     told = [message.partition(",")[0] for message in caplog.messages if "validation images" in message]
     assert told == expected

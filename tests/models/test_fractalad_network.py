@@ -140,7 +140,7 @@ def test_levels_by_name_equal_levels_by_stride() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_images_are_normalised_inside() -> None:
+def test_images_are_normalized_inside() -> None:
     backbone = Backbone("resnet18", (4,), pre_trained=False).eval()
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

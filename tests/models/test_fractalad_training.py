@@ -78,7 +78,7 @@ def test_data_without_masks_are_evaluated_by_image(tmp_path: Path, tile_root: Pa
     ("arguments", "decay"),
     [({}, 1e-3), ({"distillation": False}, 1e-2), ({"weight_decay": 0.5}, 0.5), ({"weight_decay": 0.0}, 0.0)],
 )
-def test_optimiser_settings(arguments: dict[str, Any], decay: float) -> None:
+def test_optimizer_settings(arguments: dict[str, Any], decay: float) -> None:
     model = small_model(learning_rate=0.02, **arguments)
     (group,) = model.configure_optimizers().param_groups
     assert group["lr"] == 0.02
@@ -152,7 +152,7 @@ def test_position_margin_reaches_the_generator() -> None:
             small_model(position_margin=margin)
 
 
-def test_a_normalising_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
+def test_a_normalizing_pre_processor_is_refused(tmp_path: Path, tiles: Folder) -> None:
     transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
     with pytest.raises(ValueError, match="pre-processor of FractalAD must not contain Normalize"):
         small_engine(tmp_path, max_epochs=1).fit(small_model(pre_processor=PreProcessor(transform)), datamodule=tiles)

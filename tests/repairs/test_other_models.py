@@ -10,7 +10,7 @@ import numpy as np
 from conftest import save
 from PIL import Image
 
-# Trains PaDiM on images of 8 and 16 bits, and prints its scores, its picture and what truncated images and a path in
+# Trains PaDiM on images of 8 and 16 bits, and prints its scores, its image and what truncated images and a path in
 # another script come to. With an argument, a model of the package does the same first, on the same data module.
 PADIM = """
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of SurfaceDefects, painted by procedures that share nothing with the fractal generator."""
+"""The images of SurfaceDefects, painted by procedures that share nothing with the fractal generator."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from anomalib_fractalad.data._painters.canvas import encode, expose, photograph
 
 PAINTERS = {"fabric": fabric, "metal_plate": metal_plate, "moulded_part": moulded_part}
 _VISIBLE = 4.0
-"""Grey levels by which a pixel must differ from the defect-free picture to count as defective."""
+"""Gray levels by which a pixel must differ from the defect-free image to count as defective."""
 
 
 class Sample(NamedTuple):
-    """One inspection picture, its defect-free twin and the mask (0 or 255) of where the two differ."""
+    """One inspection image, its defect-free twin and the mask (0 or 255) of where the two differ."""
 
     image: NDArray[np.uint8]
     twin: NDArray[np.uint8]
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
 
 def paint(category: str, seed: tuple[int, ...], defect: str | None = None, severity: float = 0.0) -> Sample:
-    """Paint one picture.
+    """Paint one image.
 
     Args:
         category: A key of ``PAINTERS``.
@@ -49,7 +49,7 @@ def paint(category: str, seed: tuple[int, ...], defect: str | None = None, sever
 
 
 def _visible(clean: NDArray[np.float64], flawed: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Where two noise-free pictures differ visibly, small gaps closed."""
+    """Where two noise-free images differ visibly, small gaps closed."""
     changed = np.abs(flawed - clean).max(-1) > _VISIBLE
     mask = Image.fromarray(changed.astype(np.uint8) * 255)
     closed = mask.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.MinFilter(5))

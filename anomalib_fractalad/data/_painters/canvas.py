@@ -16,8 +16,8 @@ Array: TypeAlias = NDArray[np.float64]
 SIZE = 256
 SCALE = 2
 SIDE = SIZE * SCALE
-_centres: Array = (np.arange(SIDE) + 0.5) / SCALE
-X: Array = np.tile(_centres, (SIDE, 1))
+_centers: Array = (np.arange(SIDE) + 0.5) / SCALE
+X: Array = np.tile(_centers, (SIDE, 1))
 Y: Array = X.T.copy()
 _FREQ_Y: Array = np.asarray(np.fft.fftfreq(SIDE)[:, None] * SCALE, np.float64)
 _FREQ_X: Array = np.asarray(np.fft.rfftfreq(SIDE)[None] * SCALE, np.float64)
@@ -94,10 +94,10 @@ def polygon(points: Array) -> Array:
     return np.asarray(canvas.reduce(2), dtype=np.float64) / 255.0
 
 
-def blob(rng: np.random.Generator, centre: ArrayLike, radius: float, roughness: float = 0.25) -> Array:
-    """Distance from ``centre`` in units of a ragged, stretched outline: below 1 inside the blob."""
+def blob(rng: np.random.Generator, center: ArrayLike, radius: float, roughness: float = 0.25) -> Array:
+    """Distance from ``center`` in units of a ragged, stretched outline: below 1 inside the blob."""
     angle, stretch = rng.uniform(0.0, np.pi), rng.uniform(1.0, 1.5)
-    cx, cy = np.asarray(centre)
+    cx, cy = np.asarray(center)
     dx, dy = X - cx, Y - cy
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     distance = np.hypot(along / stretch**0.5, across * stretch**0.5) / radius
@@ -106,9 +106,9 @@ def blob(rng: np.random.Generator, centre: ArrayLike, radius: float, roughness: 
     return rough
 
 
-def over(below: Array, colour: ArrayLike, alpha: Array) -> Array:
-    """``colour`` laid over an image (H, W, 3) with coverage ``alpha`` (H, W)."""
-    return below + (np.asarray(colour) - below) * alpha[..., None]
+def over(below: Array, color: ArrayLike, alpha: Array) -> Array:
+    """``color`` laid over an image (H, W, 3) with coverage ``alpha`` (H, W)."""
+    return below + (np.asarray(color) - below) * alpha[..., None]
 
 
 def shade(relief: Array, azimuth: float, elevation: float, gloss: float = 24.0) -> tuple[Array, Array]:
@@ -141,7 +141,7 @@ def lamp(rng: np.random.Generator, unevenness: float) -> Array:
 
 
 def encode(light: Array) -> Array:
-    """Grey levels in [0, 255], not yet rounded, of linear light."""
+    """Gray levels in [0, 255], not yet rounded, of linear light."""
     return 255.0 * np.clip(light, 0.0, 1.0) ** (1.0 / 2.2)
 
 
@@ -157,7 +157,7 @@ def expose(scene: Array) -> Array:
 
 
 def photograph(signal: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The 8-bit picture of linear light, with photon and read-out noise."""
+    """The 8-bit image of linear light, with photon and read-out noise."""
     noise = rng.standard_normal((SIZE, SIZE, 4))
     noise = 0.7 * noise[..., :3] + 0.5 * noise[..., 3:]
     noisy = signal + noise * np.sqrt(1.2e-4 * np.clip(signal, 0.0, None) + 2e-6)

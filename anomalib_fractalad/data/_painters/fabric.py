@@ -67,8 +67,8 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
         index = warp if gone is radius_warp else weft
         thread = index[index.shape[0] // 2 + flaw.integers(-200, 200), index.shape[1] // 2 + flaw.integers(-200, 200)]
         half = 20.0 + 80.0 * severity
-        centre = flaw.uniform(half, SIZE - half)
-        lost = smoothstep(half, half - 5.0, np.abs(along - centre)) * (index == thread)
+        center = flaw.uniform(half, SIZE - half)
+        lost = smoothstep(half, half - 5.0, np.abs(along - center)) * (index == thread)
         gone *= 1.0 - lost * min(1.0, 0.7 + severity)
     elif defect == "cut":
         heading, half = flaw.uniform(0.0, np.pi), 14.0 + 26.0 * severity
@@ -90,9 +90,9 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     on_top = height_warp > height_weft
     height = np.maximum(np.maximum(height_warp, height_weft), -1.0)
 
-    fibres = grain(scene, (2.2, 0.35, 1.0), angle=0.35)
+    fibers = grain(scene, (2.2, 0.35, 1.0), angle=0.35)
     twist = np.sin(2 * np.pi * np.where(on_top, 1.6 * v + 1.3 * du, 1.6 * u + 1.3 * dv))
-    texture = np.where(on_top, fibres.T, fibres)
+    texture = np.where(on_top, fibers.T, fibers)
     tone = np.where(on_top, tone_warp, 0.95 * tone_weft) * (1.0 + 0.10 * texture + 0.05 * twist)
     tone = tone * (1.0 + 0.025 * field(scene, 45.0))
     hue = scene.normal(1.0, 0.012, 3)
@@ -111,16 +111,16 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     light = (0.34 + 0.78 * diffuse) * occlusion * lamp(scene, 0.10)
 
     fuzz = _fuzz(scene)
-    picture = over(albedo * light[..., None], np.array([0.60, 0.52, 0.41]) * hue, 0.35 * fuzz)
+    image = over(albedo * light[..., None], np.array([0.60, 0.52, 0.41]) * hue, 0.35 * fuzz)
     if defect == "contamination":
-        picture = _contaminate(picture, severity, light, flaw)
+        image = _contaminate(image, severity, light, flaw)
     if defect == "cut":
-        picture = _fray(picture, severity, (cx, cy), heading, half, flaw)
-    return picture
+        image = _fray(image, severity, (cx, cy), heading, half, flaw)
+    return image
 
 
 def _fuzz(rng: np.random.Generator) -> Array:
-    """Coverage of the short loose fibres that any cloth has."""
+    """Coverage of the short loose fibers that any cloth has."""
     fuzz: Array = np.zeros_like(X)
     for _ in range(7):
         points = curve(rng, rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * np.pi), rng.uniform(6, 22), 2.5)
@@ -140,41 +140,41 @@ def _stain(albedo: Array, severity: float, texture: Array, rng: np.random.Genera
     return albedo * (1.0 - (1.0 - tint) * np.clip(strength, 0.0, 1.0)[..., None])
 
 
-def _contaminate(picture: Array, severity: float, light: Array, rng: np.random.Generator) -> Array:
-    """A foreign fibre, or crumbs of dirt, lying on the cloth with their shadow."""
-    centre = rng.uniform(50.0, SIZE - 50.0, 2)
+def _contaminate(image: Array, severity: float, light: Array, rng: np.random.Generator) -> Array:
+    """A foreign fiber, or crumbs of dirt, lying on the cloth with their shadow."""
+    center = rng.uniform(50.0, SIZE - 50.0, 2)
     if rng.random() < 0.5:
-        colour = np.array([[0.03, 0.03, 0.04], [0.45, 0.03, 0.03], [0.04, 0.08, 0.35], [0.85, 0.85, 0.86]])
-        points = curve(rng, centre, rng.uniform(0, 2 * np.pi), 30.0 + 70.0 * severity, 4.0)
+        color = np.array([[0.03, 0.03, 0.04], [0.45, 0.03, 0.03], [0.04, 0.08, 0.35], [0.85, 0.85, 0.86]])
+        points = curve(rng, center, rng.uniform(0, 2 * np.pi), 30.0 + 70.0 * severity, 4.0)
         alpha = stroke(points, 0.9 + 1.6 * severity)
-        body = colour[rng.integers(4)] * (0.6 + 0.5 * light)[..., None]
+        body = color[rng.integers(4)] * (0.6 + 0.5 * light)[..., None]
     else:
         alpha = np.zeros_like(X)
         for _ in range(3 + int(6 * severity)):
             corners = np.sort(rng.uniform(0, 2 * np.pi, 8))
             radii = rng.uniform(0.5, 1.0, 8) * rng.uniform(1.8, 3.0 + 4.5 * severity)
-            crumb = centre + rng.normal(0.0, 5.0 + 7.0 * severity, 2)
+            crumb = center + rng.normal(0.0, 5.0 + 7.0 * severity, 2)
             outline = crumb + np.stack([np.cos(corners), np.sin(corners)], 1) * radii[:, None]
             alpha = np.maximum(alpha, polygon(outline))
         dirt = np.array([[0.10, 0.07, 0.045], [0.04, 0.04, 0.045], [0.20, 0.13, 0.06]])[rng.integers(3)]
         body = dirt * (light * (1.0 + 0.25 * grain(rng, (0.7, 0.7, 1.0))))[..., None]
     cast = np.roll(blur(alpha, 0.9), (3, 3), (0, 1))
-    return over(picture * (1.0 - 0.6 * cast * (1.0 - alpha))[..., None], body, alpha)
+    return over(image * (1.0 - 0.6 * cast * (1.0 - alpha))[..., None], body, alpha)
 
 
 def _fray(
-    picture: Array,
+    image: Array,
     severity: float,
-    centre: tuple[float, float],
+    center: tuple[float, float],
     heading: float,
     half: float,
     rng: np.random.Generator,
 ) -> Array:
     """Loose ends that stick out over a cut."""
-    fibres: Array = np.zeros_like(X)
+    fibers: Array = np.zeros_like(X)
     for _ in range(5 + int(9 * severity)):
         along = rng.uniform(-0.9, 0.9) * half
-        start = np.array(centre) + along * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(0.0, 1.5, 2)
+        start = np.array(center) + along * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(0.0, 1.5, 2)
         turn = heading + rng.choice([-1.0, 1.0]) * rng.uniform(0.7, 2.3)
-        fibres = np.maximum(fibres, stroke(curve(rng, start, turn, rng.uniform(4, 9), 1.5), 0.5))
-    return over(picture, [0.50, 0.42, 0.31], 0.75 * fibres)
+        fibers = np.maximum(fibers, stroke(curve(rng, start, turn, rng.uniform(4, 9), 1.5), 0.5))
+    return over(image, [0.50, 0.42, 0.31], 0.75 * fibers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An injection-moulded gear on a dark mat."""
+"""An injection-molded gear on a dark mat."""
 
 import numpy as np
 
@@ -78,8 +78,8 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     lit = shadow(height, azimuth, elevation, 1.6, 22.0)
     occlusion = np.clip(1.0 + 0.035 * (height - blur(height, 7.0)), 0.45, 1.08)
 
-    colour = np.array([0.66, 0.635, 0.56]) * scene.normal(1.0, 0.01, 3)
-    albedo = colour * (1.0 + 0.012 * flow + 0.012 * matte)[..., None]
+    color = np.array([0.66, 0.635, 0.56]) * scene.normal(1.0, 0.01, 3)
+    albedo = color * (1.0 + 0.012 * flow + 0.012 * matte)[..., None]
     mat = 0.052 * (1.0 + 0.16 * matte + 0.05 * field(scene, 50.0))
     if defect == "stain":
         albedo = _stain(albedo, severity, _spot(cx, cy, flaw), flaw)
@@ -88,10 +88,10 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     surface = over(mat[..., None] * np.array([0.86, 1.0, 1.16]), albedo, plastic)
     beam = lamp(scene, 0.08)
     light = (0.36 * occlusion + 0.74 * diffuse * lit) * beam
-    picture = surface * light[..., None] + (0.10 * gloss * lit * plastic * beam)[..., None]
+    image = surface * light[..., None] + (0.10 * gloss * lit * plastic * beam)[..., None]
     if defect == "contamination":
-        picture = _contaminate(picture, severity, light, _spot(cx, cy, flaw), flaw)
-    return picture
+        image = _contaminate(image, severity, light, _spot(cx, cy, flaw), flaw)
+    return image
 
 
 def _outline(theta: Array) -> Array:
@@ -131,15 +131,15 @@ def _scratch(severity: float, cx: float, cy: float, rng: np.random.Generator) ->
 
 
 def _stain(albedo: Array, severity: float, spot: Array, rng: np.random.Generator) -> Array:
-    """Burnt or discoloured plastic, or grease."""
+    """Burnt or discolored plastic, or grease."""
     tint: Array = np.array([[0.34, 0.20, 0.10], [0.22, 0.21, 0.20], [0.62, 0.46, 0.20]])[rng.integers(3)]
     inside = blob(rng, spot, rng.uniform(8.0, 12.0) + 12.0 * severity, 0.35)
     alpha = smoothstep(1.15, 0.6, inside) * (0.55 + 0.42 * severity)
     return albedo * (1.0 - (1.0 - tint) * alpha[..., None])
 
 
-def _contaminate(picture: Array, severity: float, light: Array, spot: Array, rng: np.random.Generator) -> Array:
-    """A fibre, or dark granules."""
+def _contaminate(image: Array, severity: float, light: Array, spot: Array, rng: np.random.Generator) -> Array:
+    """A fiber, or dark granules."""
     alpha: Array = np.zeros_like(X)
     if rng.random() < 0.5:
         points = curve(rng, spot, rng.uniform(0, 2 * np.pi), 30.0 + 60.0 * severity, 4.5)
@@ -150,5 +150,5 @@ def _contaminate(picture: Array, severity: float, light: Array, spot: Array, rng
             alpha = np.maximum(alpha, stroke(grit, rng.uniform(1.6, 3.0 + 4.0 * severity)))
     body = np.array([[0.03, 0.03, 0.035], [0.30, 0.04, 0.03], [0.03, 0.07, 0.25]])[rng.integers(3)]
     cast = np.roll(blur(alpha, 0.9), (3, 3), (0, 1))
-    shaded = picture * (1.0 - 0.5 * cast * (1.0 - alpha))[..., None]
+    shaded = image * (1.0 - 0.5 * cast * (1.0 - alpha))[..., None]
     return over(shaded, body * (0.5 + light)[..., None], alpha)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AAND: a pre-trained teacher whose anomalies are amplified, and a student that distils its normal features."""
+"""AAND: a pre-trained teacher whose anomalies are amplified, and a student that distills its normal features."""
 
 from typing import TYPE_CHECKING, Any
 

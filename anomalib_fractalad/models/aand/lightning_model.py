@@ -41,7 +41,7 @@ AMPLIFICATION_WEIGHT = 0.1
 
 
 class AAND(StagedTraining, AnomalibModule):
-    """AAND, trained in two stages: amplify the teacher's anomalies, then distil its normal features.
+    """AAND, trained in two stages: amplify the teacher's anomalies, then distill its normal features.
 
     Args:
         backbone: Name of a timm CNN with feature levels at the strides, for the teacher.
@@ -182,7 +182,7 @@ class AAND(StagedTraining, AnomalibModule):
         """
         del args, kwargs
         images = self.training_images(batch)
-        parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distil(images)
+        parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distill(images)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
         return loss + self.nothing_of_idle_weights()
@@ -198,7 +198,7 @@ class AAND(StagedTraining, AnomalibModule):
             "amplification": AMPLIFICATION_WEIGHT * torch.stack(amplification).sum(),
         }
 
-    def _distil(self, images: Tensor) -> dict[str, Tensor]:
+    def _distill(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             teacher = self.model.advanced_teacher(images)
         return {"distillation": self.distillation_loss(teacher, self.model.student(teacher))}

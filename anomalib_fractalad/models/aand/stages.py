@@ -19,7 +19,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The lengths of both stages, in optimiser steps.
+    """The lengths of both stages, in optimizer steps.
 
     It follows from the length of the training, so that a resumed run of the same length has the same.
 
@@ -39,8 +39,8 @@ class StagePlan:
         halved instead, and a single step is stage II's.
 
         Args:
-            steps: Optimiser steps of the whole training.
-            steps_per_epoch: Optimiser steps of an epoch.
+            steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of an epoch.
             split: Shares of both stages; the sum is arbitrary. A share of 0 leaves stage I out.
         """
         share = split[0] / sum(split)
@@ -83,7 +83,7 @@ class StagePlan:
 
         Args:
             earlier: The plan of the earlier training.
-            step: Optimiser steps done.
+            step: Optimizer steps done.
         """
         steps = self.amplification + self.distillation
         if 0 < earlier.amplification <= step:
@@ -98,7 +98,7 @@ class StagePlan:
         """Stage of a step.
 
         Args:
-            step: Optimiser steps done before.
+            step: Optimizer steps done before.
         """
         return Stage.AMPLIFICATION if step < self.amplification else Stage.DISTILLATION
 
@@ -107,7 +107,7 @@ class StagePlan:
 
         Args:
             stage: The stage.
-            step: Optimiser steps done before, from the beginning of the training.
+            step: Optimizer steps done before, from the beginning of the training.
         """
         if stage is Stage.AMPLIFICATION:
             done, length = step, self.amplification

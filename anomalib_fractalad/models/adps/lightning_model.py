@@ -208,11 +208,6 @@ class ADPS(OneClassModule, AnomalibModule):
         optimizer = Adam(trainable, lr=self.learning_rate)
         return scheduled(optimizer, lambda step: step_decay(step, self.training_steps))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the kernel of a smoothing that is not the checkpoint's."""
-        super().on_load_checkpoint(checkpoint)
-        checkpoint.get("state_dict", {}).update(self.model.smooth.state_dict(prefix="model.smooth."))
-
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
         super().apply_arguments(arguments)

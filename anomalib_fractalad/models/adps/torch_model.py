@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
+from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
@@ -248,9 +249,7 @@ def split(images: Tensor, grid: int) -> Tensor:
     Returns:
         (B x grid x grid, C, H / grid, W / grid).
     """
-    batch, channels, height, width = images.shape
-    cells = images.reshape(batch, channels, grid, height // grid, grid, width // grid)
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return rearrange(images, "b c (rows h) (columns w) -> (b rows columns) c h w", rows=grid, columns=grid)
 
 
 def join(patches: Tensor, grid: int) -> Tensor:
@@ -263,8 +262,7 @@ def join(patches: Tensor, grid: int) -> Tensor:
     Returns:
         (B, C, grid x h, grid x w).
     """
-    cells = patches.reshape(-1, grid, grid, *patches.shape[1:])
-    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return rearrange(patches, "(b rows columns) c h w -> b c (rows h) (columns w)", rows=grid, columns=grid)
 
 
 def _split_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:

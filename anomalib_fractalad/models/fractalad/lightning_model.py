@@ -53,7 +53,7 @@ class FractalAD(OneClassModule, AnomalibModule):
             so that a short training ends on a better or a worse step by chance.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
-        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalise.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use anomalib's default.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
@@ -117,7 +117,7 @@ class FractalAD(OneClassModule, AnomalibModule):
         self.segmentation_loss = SegmentationLoss()
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Make anomalies, distil the normal images, segment the anomalous ones.
+        """Make anomalies, distill the normal images, segment the anomalous ones.
 
         Args:
             batch: Normal images (B, 3, H, W), values in [0, 1].

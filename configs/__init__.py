@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's config files; ``python -m anomalib_fractalad config`` lists them."""
