@@ -21,7 +21,7 @@ def gaussian_blur(sigma: float) -> GaussianBlur2d:
     """
     length = compute_kernel_size(sigma)
     blur = GaussianBlur2d((length, length), (sigma, sigma), separable=True)
-    blur.register_load_state_dict_pre_hook(_forget_kernels)
+    blur.register_load_state_dict_pre_hook(_forget_kernels)  # type: ignore[no-untyped-call]
     return blur
 
 
@@ -39,7 +39,7 @@ class GaussianSmoothing(nn.Module):
         self.radius = 4 * sigma
         kernel = get_gaussian_kernel1d(2 * self.radius + 1, float(sigma))
         self.register_buffer("kernel", kernel.unsqueeze(0), persistent=False)
-        self.register_load_state_dict_pre_hook(_forget_kernels)
+        self.register_load_state_dict_pre_hook(_forget_kernels)  # type: ignore[no-untyped-call]
 
     def forward(self, anomaly_map: Tensor) -> Tensor:
         """Smooth maps.
