@@ -35,3 +35,34 @@ def jitter(images: Tensor, factors: Tensor, order: Sequence[int], mean_gray: Cal
         elif images.shape[1] == 3:
             images = adjust_hue(images, 2 * math.pi * factor)
     return images
+
+
+def jitter_alike(
+    images: Tensor, anomalous: Tensor, masks: Tensor, factors: Tensor, order: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Give normal and anomalous images the same jitter, the contrast changed about the normal image's mean.
+
+    Args:
+        images: Normal images ``(B, C, H, W)``.
+        anomalous: Anomalous images ``(B, C, H, W)``.
+        masks: Masks ``(B, 1, H, W)``, above 0 where the two differ.
+        factors: As in :func:`jitter`, on any device.
+        order: As in :func:`jitter`.
+
+    Returns:
+        Normal and anomalous images ``(B, C, H, W)``, equal outside the masks.
+    """
+    count = len(images)
+    both = jitter(
+        single_precision(torch.cat([images, anomalous])),
+        factors.to(images.device, non_blocking=True).repeat(2, 1),
+        order,
+        lambda gray: gray[:count].mean((-2, -1), keepdim=True).repeat(2, 1, 1, 1),
+    ).to(images.dtype)
+    normal, changed = both[:count], both[count:]
+    return normal, torch.where(masks > 0, changed, normal)
+
+
+def single_precision(images: Tensor) -> Tensor:
+    """Images in single precision at least."""
+    return images if images.dtype == torch.float64 else images.float()

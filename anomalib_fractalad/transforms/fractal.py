@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,61 +10,15 @@ from torch.nn.functional import max_pool2d, pad
 from torchvision.transforms import v2
 
 from .checks import check_count, check_interval, check_margin, check_range, checked_batch
-from .color import jitter
+from .color import jitter, jitter_alike, single_precision
 from .foreground import object_mask, sample_centers, shorter_side
 from .ifs import draw, sample_systems
+from .parameters import FractalParameters
 
 # A stamp is 3 pixels wide.
 MIN_PATCH_SIZE = 3
 
 SLIGHT_JITTER, STRONG_JITTER, CHANNEL_GAIN = range(3)
-
-
-@dataclass(frozen=True, eq=False)
-class FractalParameters:
-    """The random numbers of a batch of ``B`` images, a row an image.
-
-    Attributes:
-        active: Whether an image gets an anomaly, ``(B,)``, boolean.
-        side: Side of the patch in pixels, ``(B,)``.
-        source: Top left corner, row and column in pixels, of where the patch is taken from, ``(B, 2)``.
-        target: Top left corner of where the patch is pasted to, ``(B, 2)``.
-        color: Which recoloring, 0 to 2: slight jitter, strong jitter or channel gain, ``(B,)``.
-        factors: Factors of brightness, contrast and saturation, and the turn of the hue in turns, ``(B, 4)``. Without
-            effect are 1, 1, 1 and 0.
-        order: In which order the four are changed throughout the batch, ``(4,)``: the only one that is no row an image.
-        channels: Channels that are amplified one after the other, ``(B, 2)``.
-        gains: Their gains, ``(B, 2)``.
-        flip: Whether the patch is flipped top-bottom and left-right, ``(B, 2)``, boolean.
-        angle: Counterclockwise rotation in degrees, ``(B,)``.
-        systems: Iterated function systems, ``(B, maps, 2, 3)``.
-        stamps: Pattern that is set around each point of an attractor, ``(B, 3, 3)``, boolean.
-        noisy: Whether noise is added inside the mask, ``(B,)``, boolean.
-        jitter: Like ``factors``, of the jitter of :meth:`FractalAnomalyGenerator.augment`, ``(B, 4)``.
-        noise: Noise, ``(B, 1, H, W)``.
-    """
-
-    active: Tensor
-    side: Tensor
-    source: Tensor
-    target: Tensor
-    color: Tensor
-    factors: Tensor
-    order: Tensor
-    channels: Tensor
-    gains: Tensor
-    flip: Tensor
-    angle: Tensor
-    systems: Tensor
-    stamps: Tensor
-    noisy: Tensor
-    jitter: Tensor
-    noise: Tensor
-
-    def to(self, device: torch.device | str) -> "FractalParameters":
-        """Copy to a device, without waiting for it."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return FractalParameters(**{name: each.to(device, non_blocking=True) for name, each in tensors.items()})
 
 
 class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
@@ -189,7 +142,7 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         with _full_precision(images):
             parameters = self.generate_parameters(images)
             anomalous, masks = self.apply(images, parameters)
-            normal, anomalous = _jitter_alike(images, anomalous, masks, parameters)
+            normal, anomalous = jitter_alike(images, anomalous, masks, parameters.jitter, parameters.order.tolist())
         return (normal, anomalous, masks) if image.ndim == 4 else (normal[0], anomalous[0], masks[0])
 
     def generate_parameters(self, images: Tensor) -> FractalParameters:
@@ -257,13 +210,13 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         """
         side, order = parameters.side, parameters.order.tolist()
         parameters = parameters.to(images.device)
-        values = _single_precision(images)
+        values = single_precision(images)
         # More points than the largest patch has pixels would change little.
         points = min(self.points, int(side.max()) ** 2)
         shapes = draw(parameters.systems, side, parameters.stamps, points)
         pasted, source = _cut_out(shapes, parameters, images.shape[-2:])
         patches = values.flatten(2).gather(2, source.flatten(2).expand(-1, images.shape[1], -1))
-        patches = self._recolor(patches.unflatten(2, shapes.shape[1:]), pasted, parameters, order)
+        patches = self._recolor(patches.reshape(*images.shape[:2], *shapes.shape[1:]), pasted, parameters, order)
         anomalous = _paste(values, patches, pasted, parameters.target)
         masks = _paste(torch.zeros_like(values[:, :1]), torch.ones_like(patches[:, :1]), pasted, parameters.target)
         for dimension in ((1, 0), (0, 1)):
@@ -322,10 +275,6 @@ def _full_precision(images: Tensor) -> torch.autocast:
     return torch.autocast(images.device.type, enabled=False)
 
 
-def _single_precision(images: Tensor) -> Tensor:
-    return images if images.dtype == torch.float64 else images.float()
-
-
 def _cut_out(shapes: Tensor, parameters: FractalParameters, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cut flipped and rotated patches out in the given shapes.
 
@@ -369,25 +318,7 @@ def _paste(images: Tensor, patches: Tensor, pasted: Tensor, corner: Tensor) -> T
     row, column = (corner[..., None] + offset).unbind(1)
     index = (row[:, :, None] * (width + reach) + column[:, None]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     canvas.scatter_(2, index, torch.where(pasted.flatten(2), patches.flatten(2), canvas.gather(2, index)))
-    return canvas.unflatten(2, (height + reach, width + reach))[..., :height, :width]
-
-
-def _jitter_alike(
-    images: Tensor,
-    anomalous: Tensor,
-    masks: Tensor,
-    parameters: FractalParameters,
-) -> tuple[Tensor, Tensor]:
-    """Give normal and anomalous images the same jitter, the contrast about the normal image's mean."""
-    count = len(images)
-    both = jitter(
-        _single_precision(torch.cat([images, anomalous])),
-        parameters.jitter.to(images.device, non_blocking=True).repeat(2, 1),
-        parameters.order.tolist(),
-        lambda gray: gray[:count].mean((-2, -1), keepdim=True).repeat(2, 1, 1, 1),
-    )
-    normal, changed = both.to(images.dtype).split(count)
-    return normal, torch.where(masks > 0, changed, normal)
+    return canvas.view(*images.shape[:2], height + reach, width + reach)[..., :height, :width]
 
 
 def _sample_jitter(strength: Tensor) -> Tensor:

@@ -369,7 +369,7 @@ def test_object_mode_where_no_patch_fits() -> None:
 def statistics(generator: FractalAnomalyGenerator, images: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """Quantiles of mask area and of the mean absolute change inside the mask."""
     areas, changes = [], []
-    for chosen in torch.randint(len(images), (draws // 50, 50)):
+    for chosen in torch.randint(len(images), (draws // 10, 10)):
         normal = images[chosen]
         anomalous, masks = generator(normal)
         area = masks.sum((1, 2, 3))
