@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Foreground of pictures that show one object on a plain background."""
+"""Foreground of images that show one object on a plain background."""
 
-import math
+from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
-from kornia.contrib import connected_components_union_find
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -18,7 +20,7 @@ def object_mask(
     darker: int = 50,
     brighter: int = 10,
 ) -> Tensor:
-    """Tell the object from its background by its grey level (FractalAD's object mode).
+    """Tell the object from its background by its gray level (FractalAD's object mode).
 
     The background's level ``m`` is the mean of the top left corner. On a bright background, ``m > 128``, the object is
     what is at most ``m - darker``; on a dark one what is above ``m + brighter``. Levels are those of 8-bit images.
@@ -48,45 +50,50 @@ def _box_filter(images: Tensor, kernel_size: int, border: str) -> Tensor:
     return avg_pool2d(pad(images, (kernel_size // 2,) * 4, mode=border), kernel_size, stride=1)
 
 
-def shorter_side(masks: Tensor, angles: int = 180) -> Tensor:
-    """Measure the largest connected part of each mask.
+def shorter_side(masks: Tensor) -> Tensor:
+    """Measure the largest connected part of each mask, on the CPU.
 
     Args:
         masks: Boolean masks ``(B, 1, H, W)``.
-        angles: Number of directions, out of a quarter turn, that the rectangle is tried in.
 
     Returns:
         Shorter side in pixels ``(B,)`` of the rectangle of minimum area, at any angle, around the pixel centers of the
         largest connected component; 0 where a mask is empty.
     """
-    component = _largest_component(masks).squeeze(1)
-    present = component.any(-1)
-    columns = torch.arange(component.shape[-1], device=masks.device).expand_as(component)
-    # The ends of its rows hold all corners of a component's convex hull.
-    first = columns.masked_fill(~component, component.shape[-1]).amin(-1)
-    last = columns.masked_fill(~component, -1).amax(-1)
-    rows = torch.arange(component.shape[-2], device=masks.device).expand_as(first)
-    x, y = torch.cat([first, last], dim=1).float(), torch.cat([rows, rows], dim=1).float()
-    angle = torch.arange(angles, device=masks.device) * (math.pi / 2 / angles)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    outside = ~torch.cat([present, present], dim=1).unsqueeze(1)
-
-    def width(position: Tensor) -> Tensor:
-        lowest = position.masked_fill(outside, math.inf).amin(-1)
-        return (position.masked_fill(outside, -math.inf).amax(-1) - lowest).clamp(min=0)
-
-    x, y = x.unsqueeze(1), y.unsqueeze(1)
-    sides = torch.stack([width(cos * x + sin * y), width(cos * y - sin * x)], dim=-1)
-    best = sides.prod(-1).argmin(1)
-    return sides[torch.arange(len(sides), device=masks.device), best].amin(-1)
+    sides = [_shorter_side(mask) for mask in masks.squeeze(1).to("cpu", torch.uint8).numpy()]
+    return torch.tensor(sides, device=masks.device)
 
 
-def _largest_component(masks: Tensor) -> Tensor:
-    labels = connected_components_union_find(masks)
-    sizes = labels.flatten().bincount()
-    sizes[0] = 0
-    area = sizes[labels]
-    largest = area.amax(dim=(-3, -2, -1), keepdim=True)
-    # Of several parts of the same size the first one counts.
-    label = labels.masked_fill(area < largest, labels.max() + 1).amin(dim=(-3, -2, -1), keepdim=True)
-    return (labels == label) & (largest > 0)
+def _shorter_side(mask: npt.NDArray[Any]) -> float:
+    _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask)
+    areas = statistics[1:, cv2.CC_STAT_AREA]
+    if not areas.size:
+        return 0.0
+    rows, columns = np.nonzero(labels == 1 + areas.argmax())
+    _, sides, _ = cv2.minAreaRect(np.stack([columns, rows], axis=1).astype(np.int32))
+    return min(sides)
+
+
+def sample_centers(masks: Tensor, side: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw pixels of the masks around which squares of the given sides lie inside the image.
+
+    Args:
+        masks: Boolean masks ``(B, H, W)``.
+        side: Sides ``(B,)`` of the squares.
+        shares: Uniform random numbers ``(2, B)``.
+
+    Returns:
+        Two pixels ``(2, B, 2)`` for each mask, and whether there are any ``(B,)``, both on the CPU.
+    """
+    height, width = masks.shape[-2:]
+    before = side.to(masks.device)[:, None] // 2
+    after = side.to(masks.device)[:, None] - before
+    rows = torch.arange(height, device=masks.device)
+    columns = torch.arange(width, device=masks.device)
+    rows_fit = (rows >= before) & (rows <= height - after)
+    columns_fit = (columns >= before) & (columns <= width - after)
+    cumulative = (masks & rows_fit[:, :, None] & columns_fit[:, None]).flatten(1).cumsum(1)
+    count = cumulative[:, -1:]
+    wanted = (shares.T.to(masks.device) * count).long().clamp(max=count - 1) + 1
+    pixel = torch.searchsorted(cumulative, wanted.contiguous()).clamp(max=height * width - 1).T.cpu()
+    return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1).cpu()

@@ -66,7 +66,7 @@ def attractor_points(systems: Tensor, points: int) -> Tensor:
     """Spread points evenly over the attractors, without randomness.
 
     The attractor is cut into ``m`` pieces of similar measure, images of itself under compositions of maps, and each
-    piece into ``m`` pieces again; every one is represented by its centre of mass. All points are one matrix product.
+    piece into ``m`` pieces again; every one is represented by its center of mass. All points are one matrix product.
     The measure is that of the random walk which draws each map with probability proportional to ``|det A|``.
 
     Args:
@@ -82,7 +82,8 @@ def attractor_points(systems: Tensor, points: int) -> Tensor:
     linear, translation = pieces[..., :2], pieces[..., 2:]
     mean_map = (probabilities[..., None, None] * systems).sum(1)
     identity = torch.eye(2, dtype=systems.dtype, device=systems.device)
-    center = torch.linalg.solve(identity - mean_map[..., :2], mean_map[..., 2:])
+    # Without a check of the result, which would wait for an accelerator.
+    center, _ = torch.linalg.solve_ex(identity - mean_map[..., :2], mean_map[..., 2:])
     centers = (linear @ center.unsqueeze(1) + translation).squeeze(-1)
     # (B, 2m, 2) @ (B, 2, m): the first coordinates of all points, then the second ones.
     coordinates = torch.bmm(linear.transpose(1, 2).flatten(1, 2), centers.transpose(1, 2))
@@ -121,13 +122,13 @@ def draw(systems: Tensor, sizes: Tensor, stamps: Tensor | None = None, points: i
         top left corner.
     """
     side = int(sizes.max())
-    sizes = sizes.to(systems.device)
+    sizes = sizes.to(systems.device, non_blocking=True)
     coordinates = attractor_points(systems, points)
     low, high = coordinates.amin(-1, keepdim=True), coordinates.amax(-1, keepdim=True)
     precision = torch.finfo(coordinates.dtype)
     # A little more than to scale, lest rounding puts the farthest points before the last row.
     scale = (1 + 2 * precision.eps) * (sizes[:, None, None] - 1) / (high - low).clamp_(min=precision.tiny)
-    # uint8 because torch's bool operations are not vectorised.
+    # uint8 because torch's bool operations are not vectorized.
     images = torch.zeros(len(systems), side**2, dtype=torch.uint8, device=systems.device)
     # A part at a time stays in the processor's cache.
     for part in torch.split(coordinates, 4096, dim=-1):
@@ -135,14 +136,14 @@ def draw(systems: Tensor, sizes: Tensor, stamps: Tensor | None = None, points: i
         images.scatter_(1, rows.floor_().mul_(side).add_(columns).long(), 1)
     images = images.reshape(-1, side, side)
     if stamps is not None:
-        images = _stamp(images, stamps.to(systems.device))
+        images = _stamp(images, stamps.to(systems.device, non_blocking=True))
         inside = (torch.arange(side, device=systems.device) < sizes[:, None]).to(images.dtype)
         images.mul_(inside[:, :, None]).mul_(inside[:, None, :])
     return images.view(torch.bool)
 
 
 def _stamp(images: Tensor, stamps: Tensor) -> Tensor:
-    """Set a pixel's neighbours that its image's 3x3 pattern names, for every pixel that is set."""
+    """Set a pixel's neighbors that its image's 3x3 pattern names, for every pixel that is set."""
     side = images.shape[-1]
     padded = pad(images, (1, 1, 1, 1))
     stamps = stamps.to(images.dtype)
