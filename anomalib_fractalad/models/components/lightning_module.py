@@ -63,7 +63,7 @@ class OneClassModule(TrainingCheck, TiledModule, CheckpointArguments, ExportModu
         return Evaluator(
             test_metrics=[
                 AUROC(image, "image_"),
-                F1Score(["pred_label", "gt_label"], "image_"),
+                F1Score(["pred_label", "gt_label"], "image_", strict=False),
                 AUROC(maps, "pixel_", strict=False),
                 F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False),
                 *(metric(maps, "pixel_", strict=False) for metric in (AUPR, AUPRO)),
