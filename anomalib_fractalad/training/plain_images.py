@@ -29,7 +29,7 @@ class PlainImages(Callback):
         for place in _PLACES:
             _refuse(pl_module, getattr(datamodule, place, None), f"{place} of the data module ({name})")
         pre_processor = getattr(pl_module, "pre_processor", None)
-        _refuse(pl_module, getattr(pre_processor, "transform", None), "pre-processor's transform")
+        _refuse(pl_module, getattr(pre_processor, "transform", None), f"pre-processor of {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for Normalize in the data sets; raises as :meth:`setup`."""

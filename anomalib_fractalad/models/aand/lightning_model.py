@@ -213,7 +213,8 @@ class AAND(StagedTraining, AnomalibModule):
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
         super().apply_arguments(arguments)
-        self.generator = AnomalyGenerator(arguments["anomaly_generator"])
+        if self.generator.spec != arguments["anomaly_generator"]:  # one that was given as an object stays
+            self.generator = AnomalyGenerator(arguments["anomaly_generator"])
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
         for upsample, stride in zip(self.model.upsample, arguments["strides"], strict=True):
             cast("AlignedUpsample", upsample).stride = None if arguments["alignment"] == "corners" else stride

@@ -211,7 +211,8 @@ class ADPS(OneClassModule, AnomalibModule):
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
         super().apply_arguments(arguments)
-        self.generator = AnomalyGenerator(arguments["anomaly_generator"])
+        if self.generator.spec != arguments["anomaly_generator"]:  # one that was given as an object stays
+            self.generator = AnomalyGenerator(arguments["anomaly_generator"])
         self.model.smooth = gaussian_blur(arguments["smoothing"])
         parts = (arguments[name] for name in ("backbone", "layers", "patches", "split_layers"))
         self.model.student = PatchStudent(*parts).to(self.device)  # its weights are the checkpoint's
