@@ -14,12 +14,12 @@ from anomalib.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.deploy import ExportType
 from anomalib.models import get_model
-from anomalib.post_processing import PostProcessor
 from conftest import assert_same_weights, make_tiles, small_engine
 from lightning import Callback, Trainer, seed_everything
 from test_all_models import small_model
 
 import anomalib_fractalad
+from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
 from anomalib_fractalad.training.given_arguments import _names_in
 
@@ -104,7 +104,7 @@ def test_the_trainers_own_choice_of_checkpoints_is_respected(tile_root: Path, tm
 def trained(request: pytest.FixtureRequest, tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp(request.param)
     arguments = {**OTHERS[request.param], **TRAINING[request.param]}
-    model = small_model(request.param, **arguments, post_processor=PostProcessor(image_sensitivity=0.7))
+    model = small_model(request.param, **arguments, post_processor=OrderPreservingPostProcessor(image_sensitivity=0.7))
     engine = small_engine(root, max_epochs=2)
     engine.fit(model, datamodule=make_tiles(tile_root))
     return model, Path(engine.best_model_path)
@@ -141,7 +141,7 @@ def test_a_checkpoints_arguments_count_where_they_are_forgotten(
     caplog.clear()
     argument, value = next(iter(others.items()))
     default = plain_model(name).hparams[argument]
-    given = plain_model(name, **{argument: default}, post_processor=PostProcessor(image_sensitivity=0.4))
+    given = plain_model(name, **{argument: default}, post_processor=OrderPreservingPostProcessor(image_sensitivity=0.4))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(scores(given, file, tile_root, tmp_path), expected)
     assert f"trained with {argument}={value!r}, and this {name} was given {default!r}: that counts" in caplog.text
