@@ -10,11 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from anomalib.data.utils import get_image_filenames, read_image
+from anomalib.data.utils import get_image_filenames
 from anomalib.deploy import OpenVINOInferencer
 from anomalib.visualization.image.functional import overlay_images, visualize_anomaly_map
 from jsonargparse import auto_cli
 from PIL import Image
+
+from anomalib_fractalad.image_files import read_image
+from anomalib_fractalad.repairs.image_paths import every_script
 
 
 def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device: str = "CPU") -> None:
@@ -36,7 +39,9 @@ def inspect(model: Path, images: Path, output: Path = Path("heat_maps"), device:
         raise ValueError(msg)
     root = images if images.is_dir() else images.parent
     inferencer = load(model.resolve(), device)
-    for path in get_image_filenames(images):
+    with every_script():  # or anomalib would refuse letters outside ASCII
+        paths = get_image_filenames(images)
+    for path in paths:
         if path.is_relative_to(output):
             continue
         try:

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from anomalib.data.utils import read_image
 from anomalib.models import AnomalibModule
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -15,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_fractalad.build import DEFECTS
+from anomalib_fractalad.image_files import read_image
 
 SMALL = ("fractal", "faint fractal", "faint Perlin", "scar")
 TILE = re.compile(r"exp\d_num_(\d+)")

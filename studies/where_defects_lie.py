@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from anomalib.data.utils import read_image, read_mask
 from jsonargparse import auto_cli
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
 from anomalib_fractalad import FractalAD
+from anomalib_fractalad.image_files import read_image, read_mask
 from anomalib_fractalad.models.components import ImageScore
 
 SIZE = 256

@@ -20,7 +20,6 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.data.transforms import SquarePad
-from anomalib.data.utils import read_image
 from anomalib.data.utils.tiler import Tiler
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
@@ -40,6 +39,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 import anomalib_fractalad
 from anomalib_fractalad.export.memory import CHATTY, generated_code, leave_nothing_behind, symbolic_shapes
 from anomalib_fractalad.export.networks import MatrixUpsample, exportable
+from anomalib_fractalad.image_files import read_image
 from anomalib_fractalad.models.components import AlignedUpsample, Upsample
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
