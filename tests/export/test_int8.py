@@ -24,8 +24,14 @@ from anomalib_fractalad.registration import MODELS
 
 
 def test_arguments_of_the_conversion_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    received = []
-    monkeypatch.setattr(ExportMixin, "to_openvino", lambda *_, ov_kwargs, **__: received.append(ov_kwargs))
+    received, file = [], tmp_path / "model.xml"
+    file.write_text("<net><rt_info></rt_info></net>")
+
+    def convert(*_: Any, ov_kwargs: dict[str, Any], **__: Any) -> Path:
+        received.append(ov_kwargs)
+        return file
+
+    monkeypatch.setattr(ExportMixin, "to_openvino", convert)
     model = small_model("FractalAD")
     model.to_openvino(tmp_path)
     model.to_openvino(tmp_path, ov_kwargs={"share_weights": False})
@@ -35,6 +41,7 @@ def test_arguments_of_the_conversion_are_passed_on(tmp_path: Path, monkeypatch: 
     assert [list(arguments) for arguments in received[:2]] == [["extension"], ["share_weights", "extension"]]
     assert [len(arguments["extension"]) for arguments in received] == [1, 1, 2, 3]
     assert received[2]["extension"][1] is received[3]["extension"][2] is theirs
+    assert "<anomalib_fractalad value=" in file.read_text()
 
 
 class Choices(torch.nn.Module):
