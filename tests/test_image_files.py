@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import Pad
 import anomalib_fractalad
 from anomalib_fractalad.image_files import UnreadableImageError, read_image, read_mask
 from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.repairs.data import repair
 from anomalib_fractalad.repairs.image_paths import every_script
 from anomalib_fractalad.training.image_check import check_images, leave_out_unreadable
 
@@ -229,6 +230,7 @@ def test_masks_have_their_images_proportions(size: tuple[int, int], fits: bool, 
     good = tmp_path / "good"
     data = folder_of(good, normal_test_dir=good, abnormal_dir=tmp_path / "defect", mask_dir=tmp_path / "mask")
     data.setup()
+    assert repair([data.test_data]) == [data.test_data]
     if fits:
         check_images([data.test_data])
         (batch,) = data.test_dataloader()

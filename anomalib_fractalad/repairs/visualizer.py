@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anomalib's visualizer, on images as they are read for the model."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from anomalib.visualization import ImageVisualizer
@@ -21,7 +22,19 @@ class RepairedImageVisualizer(ImageVisualizer):
         Returns:
             As there.
         """
-        if not acts(DRAWN_IMAGES):
+        with _as_read():
             return super().visualize(predictions)
-        with drawn_as_read():
-            return super().visualize(predictions)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Draw a batch of a test or a prediction.
+
+        Args:
+            *args: As for Lightning's callbacks.
+            **kwargs: Likewise.
+        """
+        with _as_read():
+            super().on_test_batch_end(*args, **kwargs)
+
+
+def _as_read() -> AbstractContextManager[None]:
+    return drawn_as_read() if acts(DRAWN_IMAGES) else nullcontext()
