@@ -24,11 +24,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
+results = root / f"results {len(sys.argv)}"
 def data(folder):
     torch.manual_seed(0)
     return Folder(name="part", root=root, normal_dir=folder, train_batch_size=4, eval_batch_size=4, num_workers=0)
 def engine(name):
-    return Engine(default_root_dir=root / name, accelerator="cpu", max_epochs=1, logger=False,
+    return Engine(default_root_dir=results / name, accelerator="cpu", max_epochs=1, logger=False,
                   enable_progress_bar=False, enable_model_summary=False)
 def attempt(run):
     try:
@@ -56,7 +57,7 @@ seed_everything(0, verbose=False)
 runner.fit(model, datamodule=shared)
 for batch in runner.predict(model, data_path=root / "good") + runner.predict(model, data_path=root / "deep.png"):
     print(batch.image_path, round(float(batch.pred_score), 3), batch.image.double().mean().item())
-for drawn in sorted((root / "padim").rglob("deep.png")):
+for drawn in sorted((results / "padim").rglob("deep.png")):
     print(numpy.asarray(Image.open(drawn)).mean())
 attempt(lambda: engine("padim").fit(Padim(pre_trained=False), datamodule=data("truncated")))
 attempt(lambda: runner.predict(model, data_path=root / "truncated"))
@@ -91,4 +92,5 @@ def test_padim_is_the_same_with_and_without_the_package(tmp_path: Path) -> None:
     own, with_package = run("own").split("----\n")
     assert "3.png is truncated" in own
     assert without.count("Error") == 3, without
-    assert with_package == without
+    pairs = zip(with_package.splitlines(), without.splitlines(), strict=True)
+    assert [pair for pair in pairs if pair[0] != pair[1]] == []
