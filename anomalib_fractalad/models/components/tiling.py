@@ -30,7 +30,7 @@ class TileByTile(nn.Module):
         if tiler is None:
             return predict(images)
         tiler = copy.copy(tiler)  # it remembers what it tiles
-        return tiler.untile(self.predict_tiles(predict, tiler.tile(images), len(images)))
+        return tiler.untile(self.predict_tiles(predict, tiler.tile(images), images.shape[0]))
 
     def predict_tiles(self, predict: Callable[[Tensor], Tensor], tiles: Tensor, at_once: int) -> Tensor:
         """Predict maps of all tiles.
