@@ -74,6 +74,13 @@ class ExportModule(_Base):
         """Height and width of the images that the network sees, or ``None`` where they follow from the image's."""
         return network_size(self._transform)
 
+    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
+        """Called before each export: models refuse here what they cannot export, and warn.
+
+        Args:
+            input_size: Height and width of images that the exported network is to take, if they are given.
+        """
+
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export for anomalib's ``TorchInferencer``.
 
@@ -84,6 +91,7 @@ class ExportModule(_Base):
         Returns:
             The .pt file.
         """
+        self.before_export()
         self._keep_transform_in_inference()
         return super().to_torch(export_root, model_file_name)
 
@@ -110,6 +118,7 @@ class ExportModule(_Base):
             ValueError: If the pre-processor's transform is random, or ``input_size`` is left out and needed: where the
                 size that the network sees follows from the image's.
         """
+        self.before_export(input_size)
         kwargs = {"opset_version": EXPORT_OPSET, "verbose": False, **kwargs}
         any_size = input_size is None and self.input_size is None
         if any_size:

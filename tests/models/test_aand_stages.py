@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from anomalib.models.components.base.export_mixin import ExportMixin
 from conftest import make_tiles, small_engine
 from lightning.pytorch.callbacks import EarlyStopping
 from test_aand_training import Watch, checkpoints, small_model
 from test_all_models import small_model as small_model_of
 
 from anomalib_fractalad import AAND
-from anomalib_fractalad.export.module import ExportModule
 from anomalib_fractalad.models.aand.stages import StagePlan
 from anomalib_fractalad.registration import MODELS
 
@@ -44,7 +44,7 @@ def test_a_training_that_stops_within_stage_one_says_so_wherever_it_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exported: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ExportModule, "to_onnx", lambda _, *arguments, **__: exported.append(arguments))
+    monkeypatch.setattr(ExportMixin, "to_onnx", lambda _, *arguments, **__: exported.append(arguments))
     caplog.set_level(logging.WARNING)
     tiles, stop = make_tiles(tile_root), EarlyStopping("train_loss", patience=1, min_delta=10.0)
     engine, model = small_engine(tmp_path, max_epochs=10, callbacks=[stop]), small_model()

@@ -74,7 +74,7 @@ class AAND(StagedTraining, AnomalibModule):
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
             anomalib's benchmark. Left out, the trainer's max_epochs rules.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
-        post_processor: Post-processor, or whether to use anomalib's default.
+        post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
 

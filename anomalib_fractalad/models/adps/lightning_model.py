@@ -57,7 +57,7 @@ class ADPS(OneClassModule, AnomalibModule):
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
-        post_processor: Post-processor, or whether to use anomalib's default.
+        post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
 
@@ -143,45 +143,14 @@ class ADPS(OneClassModule, AnomalibModule):
         self.model.check_size(self.input_size)
         super().on_predict_start()
 
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export for torch.
-
-        Args:
-            *args: As for anomalib's :meth:`to_torch`.
-            **kwargs: Likewise.
-
-        Returns:
-            The .pt file.
+    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
+        """Refuse sizes that cannot be divided into patches.
 
         Raises:
-            ValueError: If images or tiles are of a size that cannot be divided into patches.
-        """
-        self.model.check_size(self.input_size)
-        return super().to_torch(*args, **kwargs)
-
-    def to_onnx(  # type: ignore[override]
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX, and by way of it to OpenVINO.
-
-        Args:
-            export_root: Folder to export into.
-            model_file_name: Name of the file, without its ending.
-            input_size: Height and width; left out, any size is taken and resized by the pre-processor.
-            **kwargs: Passed on to :func:`torch.onnx.export`.
-
-        Returns:
-            The ONNX file.
-
-        Raises:
-            ValueError: If images or tiles are of a size that cannot be divided into patches.
+            ValueError: If images or tiles are of such a size.
         """
         self.model.check_size(self.input_size or input_size)
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        super().before_export(input_size)
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Make anomalies, compare teacher and student, segment.

@@ -2,19 +2,19 @@
 """Whether a network has been trained at all, where its predictions are asked for."""
 
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from anomalib_fractalad.export.module import ExportModule
+
 from .backbone import FrozenTeacher
 
-# anomalib lists only the direct subclasses of AnomalibModule, so what they share has to come from beside it.
+# Mixed in before ExportModule, not derived from it.
 if TYPE_CHECKING:
-    _Base = AnomalibModule
+    _Base = ExportModule
 else:
     _Base = object
 
@@ -42,33 +42,10 @@ class TrainingCheck(_Base):
         super().on_predict_start()
         self._warn_if_untrained("asked for predictions")
 
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export for torch, with a warning if the network is untrained.
-
-        Args:
-            *args: As for anomalib's :meth:`to_torch`.
-            **kwargs: Likewise.
-
-        Returns:
-            The .pt file.
-        """
+    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
+        """Warn if the network is untrained."""
+        super().before_export(input_size)
         self._warn_if_untrained("exported")
-        file: Path = super().to_torch(*args, **kwargs)
-        return file
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Export to ONNX, and by way of it to OpenVINO, with a warning if the network is untrained.
-
-        Args:
-            *args: As for the base's :meth:`to_onnx`.
-            **kwargs: Likewise.
-
-        Returns:
-            The ONNX file.
-        """
-        self._warn_if_untrained("exported")
-        file: Path = super().to_onnx(*args, **kwargs)
-        return file
 
     @rank_zero_only
     def _warn_if_untrained(self, use: str) -> None:
