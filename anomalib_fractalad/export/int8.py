@@ -135,13 +135,7 @@ def quantize(model: "Model", images: Iterable[Array]) -> "Model":
 
     _refuse_nan(model)
     with quiet():
-        return nncf.quantize(
-            model,
-            nncf.Dataset(images, lambda image: fit(image, model)),
-            subset_size=_length(images),
-            ignored_scope=_ignored_scope(model),
-            fast_bias_correction=False,
-        )
+        return nncf.quantize(**_recipe(model, images))
 
 
 def quantize_within_drop(
@@ -172,15 +166,24 @@ def quantize_within_drop(
     metric = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
     with quiet():
         return nncf.quantize_with_accuracy_control(
-            model,
-            nncf.Dataset(images, lambda image: fit(image, model)),
-            nncf.Dataset(_Items(plain(validation))),
-            _measure_with(metric, model),
+            **_recipe(model, images),
+            validation_dataset=nncf.Dataset(_Items(plain(validation))),
+            validation_fn=_measure_with(metric, model),
             max_drop=max_drop,
-            subset_size=_length(images),
-            ignored_scope=_ignored_scope(model),
-            fast_bias_correction=False,
         )
+
+
+def _recipe(model: "Model", images: Iterable[Array]) -> dict[str, Any]:
+    """Arguments of NNCF's quantization, the same with and without accuracy control."""
+    import nncf  # noqa: PLC0415
+
+    return {
+        "model": model,
+        "calibration_dataset": nncf.Dataset(images, lambda image: fit(image, model)),
+        "subset_size": _length(images),
+        "ignored_scope": _ignored_scope(model),
+        "fast_bias_correction": False,
+    }
 
 
 def compress(
