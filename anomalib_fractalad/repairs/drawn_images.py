@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heat maps of gray images of more than 8 bits are drawn on white."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 from .base import Repair
+from .replacing import replace, replaced
 
 _MODULE = "anomalib.visualization.image.item_visualizer"
 
 
-@contextmanager
-def drawn_as_read() -> Iterator[None]:
-    """Have anomalib's visualizer open images as they are read for the model."""
-    original = _replace()
-    try:
-        yield
-    finally:
-        sys.modules[_MODULE].Image = original  # type: ignore[attr-defined]
-
-
-def _replace() -> Any:
+def _replacement() -> tuple[str, str, Any]:
     from anomalib_fractalad.image_files import open_rgb  # noqa: PLC0415
 
-    module: Any = sys.modules[_MODULE]
-    original, module.Image = module.Image, SimpleNamespace(open=open_rgb)
-    return original
+    return _MODULE, "Image", SimpleNamespace(open=open_rgb)
+
+
+def drawn_as_read() -> AbstractContextManager[None]:
+    """Have anomalib's visualizer open images as they are read for the model, for the duration."""
+    return replaced(*_replacement())
 
 
 def _apply(for_all: bool) -> None:
     if for_all:  # this package's models have a visualizer of their own
-        _replace()
+        replace(*_replacement())
 
 
 DRAWN_IMAGES = Repair(

@@ -3,10 +3,10 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 from .base import Repair
+from .replacing import replaced
 
 _READERS = ("read_image", "read_mask")
 
@@ -35,19 +35,12 @@ def repaired_reading(kind: type) -> Iterator[None]:
     from anomalib_fractalad import image_files  # noqa: PLC0415
 
     modules = {base.__module__ for base in kind.__mro__ if base.__module__.startswith("anomalib.")}
-    before: list[tuple[Any, str, Any]] = [
-        (sys.modules[module], name, vars(sys.modules[module])[name])
-        for module in modules
-        for name in _READERS
-        if name in vars(sys.modules[module])
-    ]
-    try:
-        for module, name, _ in before:
-            setattr(module, name, getattr(image_files, name))
+    with ExitStack() as stack:
+        for module in modules:
+            for name in _READERS:
+                if name in vars(sys.modules[module]):
+                    stack.enter_context(replaced(module, name, getattr(image_files, name)))
         yield
-    finally:
-        for module, name, original in before:
-            setattr(module, name, original)
 
 
 IMAGE_READING = Repair(
