@@ -55,13 +55,12 @@ def speed(
     with nothing_clamped(model.post_processor, [score for *_, score in scores]):
         file = export(model, runtime, root, (height, width), datamodule)
     inferencer: Any = load(file, runtime, device, threads)
-    size = sum(path.stat().st_size for path in file.parent.glob(f"{runtime}.*")) / 2**20
-    result: dict[str, Any] = {"file_mb": size, "input_size": [height, width]}
+    size = sum(path.stat().st_size for path in file.parent.glob(f"{runtime}.*"))
+    result: dict[str, Any] = {"file_mb": size / 2**20, "input_size": [height, width]}
     if runtime == "torch":
         result["device"] = device
     else:
-        compiled: Any = inferencer.model
-        result["precision"] = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        result["precision"] = inferencer.model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         result["image_AUROC"] = _exported_auroc(model, test_data, inferencer, (height, width))
     inputs = [as_input(_of_size(image, (height, width)), runtime) for image in images]
     seconds = seconds_each(inferencer, islice(cycle(inputs), repetitions + 1))

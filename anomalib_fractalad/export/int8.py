@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,6 +214,16 @@ def compress(
     if compression_type == CompressionType.INT8_PTQ:
         return quantize(model, calibration_images(datamodule))  # type: ignore[arg-type]
     return quantize_within_drop(model, datamodule, metric, max_drop)  # type: ignore[arg-type]
+
+
+def compress_file(file: Path, target: Path, *arguments: Any) -> None:
+    """Compress an exported network's .xml file to another, whose folder is made; see :func:`compress`."""
+    import openvino  # noqa: PLC0415
+
+    network = openvino.Core().read_model(file, config={"ENABLE_MMAP": False})  # or Windows keeps the file
+    network = compress(network, *arguments)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(network, target, compress_to_fp16=False)
 
 
 def check_compression(

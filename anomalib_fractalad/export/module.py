@@ -23,7 +23,7 @@ from torch.export import Dim
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Transform
 
-from .int8 import check_compression, compress
+from .int8 import check_compression, compress, compress_file
 from .memory import leave_nothing_behind, quiet
 from .networks import exportable
 from .openvino import decide_constant_choices, mark_as_own
@@ -51,8 +51,8 @@ class ExportModule(_Base):
 
     takes_any_size = False
 
-    def __init__(self, **components: Any) -> None:
-        super().__init__(**components)
+    def __init__(self, *components: Any, **named: Any) -> None:
+        super().__init__(*components, **named)
         self._keep_transform_in_inference()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -212,15 +212,10 @@ class ExportModule(_Base):
             return mark_as_own(super().to_openvino(export_root, model_file_name, **arguments))
         compression_type = CompressionType(compression_type)  # a program may give its value
         check_compression(compression_type, datamodule, max_drop)
-        import openvino  # noqa: PLC0415
-
         with TemporaryDirectory() as folder:
             file = super().to_openvino(folder, model_file_name, **arguments)
-            network = openvino.Core().read_model(file, config={"ENABLE_MMAP": False})  # or Windows keeps the file
-            network = compress(network, compression_type, datamodule, metric, max_drop)
-        target = Path(export_root) / "weights" / ExportType.OPENVINO.value / f"{model_file_name}.xml"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(network, target, compress_to_fp16=False)
+            target = Path(export_root) / "weights" / ExportType.OPENVINO.value / file.name
+            compress_file(file, target, compression_type, datamodule, metric, max_drop)
         return mark_as_own(target)
 
     @staticmethod

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plain-woven cloth of natural yarn, lit from one side."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from anomalib_fractalad.data._painters.canvas import (
@@ -62,31 +64,16 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     thick_weft, tone_weft = (table[weft, _COLUMNS] for table in _yarn(scene))
     radius_warp, radius_weft = 0.47 * thick_warp, 0.49 * thick_weft
 
+    tear = None
     if defect == "missing_thread":
-        gone, along = (radius_warp, y) if flaw.random() < 0.5 else (radius_weft, x)
-        index = warp if gone is radius_warp else weft
-        thread = index[index.shape[0] // 2 + flaw.integers(-200, 200), index.shape[1] // 2 + flaw.integers(-200, 200)]
-        half = 20.0 + 80.0 * severity
-        center = flaw.uniform(half, SIZE - half)
-        lost = smoothstep(half, half - 5.0, np.abs(along - center)) * (index == thread)
-        gone *= 1.0 - lost * min(1.0, 0.7 + severity)
+        _lose_thread((radius_warp, radius_weft), (warp, weft), (x, y), severity, flaw)
     elif defect == "cut":
-        heading, half = flaw.uniform(0.0, np.pi), 14.0 + 26.0 * severity
-        cx, cy = flaw.uniform(55.0, SIZE - 55.0, 2)
-        s = (X - cx) * np.cos(heading) + (Y - cy) * np.sin(heading)
-        t = (Y - cy) * np.cos(heading) - (X - cx) * np.sin(heading) + 2.5 * field(flaw, 30.0)
-        opening = (1.5 + 5.0 * severity) * np.sqrt(np.clip(1.0 - (s / half) ** 2, 0.0, None))
-        ends = flaw.uniform(0.55, 1.5, (2, _THREADS))
-        tear = np.where(opening > 0.0, np.abs(t) / np.maximum(opening, 0.05), 9.0)
-        radius_warp = radius_warp * np.sqrt(smoothstep(0.8, 1.15, tear / ends[0][warp]))
-        radius_weft = radius_weft * np.sqrt(smoothstep(0.8, 1.15, tear / ends[1][weft]))
+        tear = _Tear.draw(severity, flaw)
+        radius_warp, radius_weft = tear.end_threads((radius_warp, radius_weft), (warp, weft))
 
-    wave = np.cos(np.pi * (u - 0.5)) * np.cos(np.pi * (v - 0.5))
-    arch_warp = np.sqrt(np.clip(1.0 - (du / np.maximum(radius_warp, 1e-3)) ** 2, 0.0, None))
-    arch_weft = np.sqrt(np.clip(1.0 - (dv / np.maximum(radius_weft, 1e-3)) ** 2, 0.0, None))
-    crest = np.where((warp + weft) % 2 == 0, 1.0, -1.0) * np.abs(wave)
-    height_warp = np.where(arch_warp > 0.05, 0.55 * arch_warp + 0.42 * crest, -1.2)
-    height_weft = np.where(arch_weft > 0.05, 0.55 * arch_weft - 0.42 * crest, -1.2)
+    height_warp, height_weft = _heights(
+        (u, v), (warp, weft), (du / np.maximum(radius_warp, 1e-3), dv / np.maximum(radius_weft, 1e-3))
+    )
     on_top = height_warp > height_weft
     height = np.maximum(np.maximum(height_warp, height_weft), -1.0)
 
@@ -103,20 +90,85 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     if defect == "stain":
         albedo = _stain(albedo, severity, texture, flaw)
 
-    relief = pitch_warp * 0.34 * blur(height + 0.05 * texture, 0.35)
-    azimuth = np.deg2rad(-128.0 + scene.normal(0.0, 4.0))
-    diffuse, _ = shade(relief, azimuth, np.deg2rad(52.0))
-    depth = height - blur(np.maximum(height, -0.3), 3.5)
-    occlusion = np.clip(0.72 + 0.42 * depth, 0.12, 1.1)
-    light = (0.34 + 0.78 * diffuse) * occlusion * lamp(scene, 0.10)
-
+    light = _light(height, pitch_warp * 0.34 * blur(height + 0.05 * texture, 0.35), scene)
     fuzz = _fuzz(scene)
     image = over(albedo * light[..., None], np.array([0.60, 0.52, 0.41]) * hue, 0.35 * fuzz)
     if defect == "contamination":
         image = _contaminate(image, severity, light, flaw)
-    if defect == "cut":
-        image = _fray(image, severity, (cx, cy), heading, half, flaw)
+    if tear is not None:
+        image = _fray(image, severity, tear, flaw)
     return image
+
+
+def _lose_thread(
+    radii: tuple[Array, Array],
+    threads: tuple[Array, Array],
+    places: tuple[Array, Array],
+    severity: float,
+    rng: np.random.Generator,
+) -> None:
+    """Thin a stretch of one thread of the warp or the weft, in place."""
+    way = 0 if rng.random() < 0.5 else 1
+    index, along = threads[way], places[1 - way]
+    thread = index[index.shape[0] // 2 + rng.integers(-200, 200), index.shape[1] // 2 + rng.integers(-200, 200)]
+    half = 20.0 + 80.0 * severity
+    center = rng.uniform(half, SIZE - half)
+    lost = smoothstep(half, half - 5.0, np.abs(along - center)) * (index == thread)
+    radii[way][...] *= 1.0 - lost * min(1.0, 0.7 + severity)
+
+
+class _Tear(NamedTuple):
+    """A cut that gapes: its center, heading and half length, distance from it in widths, and where threads end."""
+
+    center: Array
+    heading: float
+    half: float
+    distance: Array
+    ends: Array
+
+    @classmethod
+    def draw(cls, severity: float, rng: np.random.Generator) -> "_Tear":
+        heading, half = rng.uniform(0.0, np.pi), 14.0 + 26.0 * severity
+        cx, cy = center = rng.uniform(55.0, SIZE - 55.0, 2)
+        s = (X - cx) * np.cos(heading) + (Y - cy) * np.sin(heading)
+        t = (Y - cy) * np.cos(heading) - (X - cx) * np.sin(heading) + 2.5 * field(rng, 30.0)
+        opening = (1.5 + 5.0 * severity) * np.sqrt(np.clip(1.0 - (s / half) ** 2, 0.0, None))
+        ends = rng.uniform(0.55, 1.5, (2, _THREADS))
+        distance = np.where(opening > 0.0, np.abs(t) / np.maximum(opening, 0.05), 9.0)
+        return cls(center, heading, half, distance, ends)
+
+    def end_threads(self, radii: tuple[Array, Array], threads: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Radii of warp and weft that taper off towards the cut."""
+        warp, weft = (
+            radius * np.sqrt(smoothstep(0.8, 1.15, self.distance / ends[index]))
+            for radius, ends, index in zip(radii, self.ends, threads, strict=True)
+        )
+        return warp, weft
+
+
+def _heights(
+    places: tuple[Array, Array],
+    threads: tuple[Array, Array],
+    across: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Heights of warp and weft, that take turns on top; ``across`` is the place within a thread, 1 at its edge."""
+    u, v = places
+    wave = np.cos(np.pi * (u - 0.5)) * np.cos(np.pi * (v - 0.5))
+    arch_warp, arch_weft = (np.sqrt(np.clip(1.0 - edge**2, 0.0, None)) for edge in across)
+    crest = np.where((threads[0] + threads[1]) % 2 == 0, 1.0, -1.0) * np.abs(wave)
+    height_warp = np.where(arch_warp > 0.05, 0.55 * arch_warp + 0.42 * crest, -1.2)
+    height_weft = np.where(arch_weft > 0.05, 0.55 * arch_weft - 0.42 * crest, -1.2)
+    return height_warp, height_weft
+
+
+def _light(height: Array, relief: Array, rng: np.random.Generator) -> Array:
+    """Light that falls on each place: little between the threads."""
+    azimuth = np.deg2rad(-128.0 + rng.normal(0.0, 4.0))
+    diffuse, _ = shade(relief, azimuth, np.deg2rad(52.0))
+    depth = height - blur(np.maximum(height, -0.3), 3.5)
+    occlusion = np.clip(0.72 + 0.42 * depth, 0.12, 1.1)
+    light: Array = (0.34 + 0.78 * diffuse) * occlusion * lamp(rng, 0.10)
+    return light
 
 
 def _fuzz(rng: np.random.Generator) -> Array:
@@ -162,19 +214,12 @@ def _contaminate(image: Array, severity: float, light: Array, rng: np.random.Gen
     return over(image * (1.0 - 0.6 * cast * (1.0 - alpha))[..., None], body, alpha)
 
 
-def _fray(
-    image: Array,
-    severity: float,
-    center: tuple[float, float],
-    heading: float,
-    half: float,
-    rng: np.random.Generator,
-) -> Array:
+def _fray(image: Array, severity: float, tear: _Tear, rng: np.random.Generator) -> Array:
     """Loose ends that stick out over a cut."""
     fibers: Array = np.zeros_like(X)
     for _ in range(5 + int(9 * severity)):
-        along = rng.uniform(-0.9, 0.9) * half
-        start = np.array(center) + along * np.array([np.cos(heading), np.sin(heading)]) + rng.normal(0.0, 1.5, 2)
-        turn = heading + rng.choice([-1.0, 1.0]) * rng.uniform(0.7, 2.3)
+        along = rng.uniform(-0.9, 0.9) * tear.half
+        start = tear.center + along * np.array([np.cos(tear.heading), np.sin(tear.heading)]) + rng.normal(0.0, 1.5, 2)
+        turn = tear.heading + rng.choice([-1.0, 1.0]) * rng.uniform(0.7, 2.3)
         fibers = np.maximum(fibers, stroke(curve(rng, start, turn, rng.uniform(4, 9), 1.5), 0.5))
     return over(image, [0.50, 0.42, 0.31], 0.75 * fibers)

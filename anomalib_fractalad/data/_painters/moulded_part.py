@@ -38,33 +38,12 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     turn = np.deg2rad(scene.normal(0.0, 1.5))
     size = scene.normal(1.0, 0.006)
     dx, dy = (X - cx) / size, (Y - cy) / size
-    radius, theta = np.hypot(dx, dy), np.arctan2(dy, dx) - turn
-
+    theta = np.arctan2(dy, dx) - turn
     outline = _outline(theta)
     if defect == "broken_tooth":
         outline = outline - _fracture(theta, outline, severity, flaw)
 
-    sector = 2 * np.pi / _WINDOWS
-    fold = (theta + 0.5 * sector) % sector - 0.5 * sector
-    window = np.hypot(radius * np.cos(fold) - _WINDOW_AT, radius * np.sin(fold)) - _WINDOW
-    half = (theta + sector) % sector - 0.5 * sector
-    rib = smoothstep(3.4, 1.8, np.abs(radius * np.sin(half)))
-    pin = np.hypot(radius * np.cos(half) - 64.0, radius * np.sin(half) - 6.5)
-
-    height = np.interp(
-        radius, [0, _HUB - 1, _HUB + 3, _RIM - 3, _RIM + 1, 200], [20.0, 20.0, 7.0, 7.0, 14.0, 14.0]
-    )  # hub, web, rim
-    in_web = smoothstep(_HUB, _HUB + 3, radius) * smoothstep(_RIM, _RIM - 3, radius)
-    height = height + 5.0 * rib * in_web
-    height = height + 1.6 * smoothstep(2.6, 1.2, np.abs(window - 1.2)) * in_web
-    height = height - 0.5 * smoothstep(3.6, 3.1, pin) * in_web
-    gate = np.hypot(dx - 19.0 * np.cos(turn + 2.2), dy - 19.0 * np.sin(turn + 2.2))
-    height = height + 0.9 * smoothstep(2.6, 1.2, gate)
-    keyway = smoothstep(3.2, 2.6, np.abs(dx * np.sin(turn) - dy * np.cos(turn))) * (np.abs(theta) < 0.5)
-    solid = np.minimum(outline - radius, np.minimum(window, radius - _BORE - 2.2 * keyway))
-    plastic = smoothstep(-0.5, 0.5, solid)
-    height = blur((height - 1.1 * smoothstep(2.0, 0.2, solid)) * plastic, 0.55)
-
+    height, plastic = _body(dx, dy, turn, outline)
     matte = grain(scene, (0.5, 0.5, 1.0), (2.0, 2.0, 0.8))
     flow = field(scene, 40.0)
     groove = None
@@ -92,6 +71,38 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     if defect == "contamination":
         image = _contaminate(image, severity, light, _spot(cx, cy, flaw), flaw)
     return image
+
+
+def _body(dx: Array, dy: Array, turn: float, outline: Array) -> tuple[Array, Array]:
+    """Height of the gear, and the share of each pixel that is plastic, in [0, 1].
+
+    Args:
+        dx: Distance of each pixel from the gear's axis, to the right.
+        dy: The same, downwards.
+        turn: Angle of the gear in radians.
+        outline: Radius of the outline in the direction of each pixel.
+    """
+    radius, theta = np.hypot(dx, dy), np.arctan2(dy, dx) - turn
+    sector = 2 * np.pi / _WINDOWS
+    fold = (theta + 0.5 * sector) % sector - 0.5 * sector
+    window = np.hypot(radius * np.cos(fold) - _WINDOW_AT, radius * np.sin(fold)) - _WINDOW
+    half = (theta + sector) % sector - 0.5 * sector
+    rib = smoothstep(3.4, 1.8, np.abs(radius * np.sin(half)))
+    pin = np.hypot(radius * np.cos(half) - 64.0, radius * np.sin(half) - 6.5)
+
+    height = np.interp(
+        radius, [0, _HUB - 1, _HUB + 3, _RIM - 3, _RIM + 1, 200], [20.0, 20.0, 7.0, 7.0, 14.0, 14.0]
+    )  # hub, web, rim
+    in_web = smoothstep(_HUB, _HUB + 3, radius) * smoothstep(_RIM, _RIM - 3, radius)
+    height = height + 5.0 * rib * in_web
+    height = height + 1.6 * smoothstep(2.6, 1.2, np.abs(window - 1.2)) * in_web
+    height = height - 0.5 * smoothstep(3.6, 3.1, pin) * in_web
+    gate = np.hypot(dx - 19.0 * np.cos(turn + 2.2), dy - 19.0 * np.sin(turn + 2.2))
+    height = height + 0.9 * smoothstep(2.6, 1.2, gate)
+    keyway = smoothstep(3.2, 2.6, np.abs(dx * np.sin(turn) - dy * np.cos(turn))) * (np.abs(theta) < 0.5)
+    solid = np.minimum(outline - radius, np.minimum(window, radius - _BORE - 2.2 * keyway))
+    plastic = smoothstep(-0.5, 0.5, solid)
+    return blur((height - 1.1 * smoothstep(2.0, 0.2, solid)) * plastic, 0.55), plastic
 
 
 def _outline(theta: Array) -> Array:

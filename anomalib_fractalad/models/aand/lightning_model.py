@@ -131,14 +131,8 @@ class AAND(StagedTraining, AnomalibModule):
         # What a checkpoint records.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
         weights = None if weights is None else str(weights)
-        super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        self.epochs = epochs
-        self.learning_rate = learning_rate
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.epochs, self.learning_rate = epochs, learning_rate
         self.split = split
         self.generator = generator
         self.object_mode = object_mode
@@ -154,8 +148,7 @@ class AAND(StagedTraining, AnomalibModule):
             amplifier_width=amplifier_width,
             fine_embedding=fine_embedding,
         )
-        self.gate_loss = GateLoss()
-        self.amplification_loss = AmplificationLoss()
+        self.gate_loss, self.amplification_loss = GateLoss(), AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()
 
     def on_fit_start(self) -> None:

@@ -103,12 +103,7 @@ class ADPS(OneClassModule, AnomalibModule):
         # What the checkpoint records: plain data, texture folder included.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
         weights = None if weights is None else str(weights)
-        super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.segmentation_weight = segmentation_weight

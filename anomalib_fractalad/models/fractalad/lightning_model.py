@@ -101,12 +101,7 @@ class FractalAD(OneClassModule, AnomalibModule):
             weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
         check_not_negative(weight_decay=weight_decay)
         weights = None if weights is None else str(weights)
-        super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
