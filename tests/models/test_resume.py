@@ -9,7 +9,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
 from conftest import assert_same_weights, make_tiles, run_script, small_engine, small_model
-from killed_training import POINTS, WORKERS
+from killed_training import CASES
 
 from anomalib_fractalad import FractalAD
 from anomalib_fractalad.registration import MODELS
@@ -24,11 +24,10 @@ def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(("point", "workers"), CASES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_killed_and_resumed_training_ends_with_the_same_weights(
-    results: Path, name: str, workers: int, point: str
+    results: Path, name: str, point: str, workers: int
 ) -> None:
     unbroken = torch.load(results / name / "unbroken" / "weights.pt")
     resumed = torch.load(results / name / str(workers) / point / "weights.pt")
