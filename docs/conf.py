@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site: ``sphinx-build -W --keep-going -b html docs site`` with the extra ``docs``."""
 
+import warnings
 from html import escape
 from importlib.metadata import version as installed_version
 
@@ -14,9 +15,15 @@ author = "The anomalib-fractalad authors"
 project_copyright = "The anomalib-fractalad authors, Apache-2.0"
 version = release = installed_version("anomalib-fractalad")
 
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not this site's doing
+
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["drawings"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_warnings.filterwarnings(
+    "ignore", category=FutureWarning, module=r"(anomalib|timm)\."
+)  # not this site's doing
+
+extensions = ["dollarmath"]
 myst_heading_anchors = 4  # the same names as on GitHub, so that links hold in both places
 
 autodoc_member_order = "bysource"

@@ -21,7 +21,13 @@ COLORS = {  # fill and edge of each kind
     "trained": ("#fbdcb5", "#a5630f"),
     "loss": ("#f4c9c9", "#a32c2c"),
 }
-KINDS = {"data": "image or map", "step": "computed", "frozen": "frozen network", "trained": "trained network", "loss": "loss"}
+KINDS = {
+    "data": "image or map",
+    "step": "computed",
+    "frozen": "frozen network",
+    "trained": "trained network",
+    "loss": "loss",
+}
 
 
 class Box(NamedTuple):
@@ -111,7 +117,11 @@ def _arrow(start: Box, end: Box, text: str | None) -> str:
         sign = 1 if to_x > x else -1
         x, to_x = x + sign * WIDTH / 2, to_x - sign * (WIDTH / 2 + 2)
         bend = (x + to_x) / 2
-        path = f"M{x:g} {y:g}H{to_x:g}" if y == to_y else f"M{x:g} {y:g}C{bend:g} {y:g} {bend:g} {to_y:g} {to_x:g} {to_y:g}"
+        path = (
+            f"M{x:g} {y:g}H{to_x:g}"
+            if y == to_y
+            else f"M{x:g} {y:g}C{bend:g} {y:g} {bend:g} {to_y:g} {to_x:g} {to_y:g}"
+        )
         middle, anchor = (bend, (y + to_y) / 2 - 6), "middle"
     line = f'<path d="{path}" fill="none" stroke="#333" stroke-width="1.5" marker-end="url(#tip)"/>'
     return line if text is None else f"{line}\n{_text(*middle, text, anchor)}"
