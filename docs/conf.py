@@ -17,13 +17,11 @@ version = release = installed_version("anomalib-fractalad")
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not this site's doing
 
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not this site's doing
+
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["drawings"]
-myst_enable_warnings.filterwarnings(
-    "ignore", category=FutureWarning, module=r"(anomalib|timm)\."
-)  # not this site's doing
-
-extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # the same names as on GitHub, so that links hold in both places
 
 autodoc_member_order = "bysource"

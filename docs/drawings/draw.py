@@ -3,8 +3,8 @@
 
 python docs/drawings/draw.py
 
-A line ``name column row kind text`` puts a box on the grid; ``|`` in its text starts a new line. A line ``name -> name``
-draws an arrow, with a text behind a colon. A column or row may lie between two others. Lines with ``#`` are comments.
+A line ``name column row kind text`` puts a box on the grid, and ``|`` in its text starts a new line. Columns and rows
+may be fractions. A line ``name -> name`` draws an arrow, with a text behind a colon. What follows ``#`` is a comment.
 """
 
 import re
@@ -28,6 +28,13 @@ KINDS = {
     "trained": "trained network",
     "loss": "loss",
 }
+
+
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}"
+ font-family="Helvetica, Arial, sans-serif" font-size="13">
+<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">
+<path d="M0 0 8 4 0 8z" fill="#333"/></marker></defs>
+<rect width="100%" height="100%" fill="#fff"/>"""
 
 
 class Box(NamedTuple):
@@ -90,19 +97,8 @@ def draw(description: str) -> str:
     width = max(box.center[0] for box in boxes.values()) + WIDTH / 2 + MARGIN
     lowest = max(box.center[1] + box.height / 2 for box in boxes.values())
     height = lowest + 2 * MARGIN + LINE
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-            'orient="auto"><path d="M0 0 8 4 0 8z" fill="#333"/></marker></defs>',
-            '<rect width="100%" height="100%" fill="#fff"/>',
-            *arrows,
-            *(box.svg() for box in boxes.values()),
-            _legend(lowest + MARGIN),
-            "</svg>\n",
-        ]
-    )
+    parts = [HEAD.format(width, height), *arrows, *(box.svg() for box in boxes.values()), _legend(lowest + MARGIN)]
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def _arrow(start: Box, end: Box, text: str | None) -> str:
@@ -117,11 +113,8 @@ def _arrow(start: Box, end: Box, text: str | None) -> str:
         sign = 1 if to_x > x else -1
         x, to_x = x + sign * WIDTH / 2, to_x - sign * (WIDTH / 2 + 2)
         bend = (x + to_x) / 2
-        path = (
-            f"M{x:g} {y:g}H{to_x:g}"
-            if y == to_y
-            else f"M{x:g} {y:g}C{bend:g} {y:g} {bend:g} {to_y:g} {to_x:g} {to_y:g}"
-        )
+        curve = f"M{x:g} {y:g}C{bend:g} {y:g} {bend:g} {to_y:g} {to_x:g} {to_y:g}"
+        path = f"M{x:g} {y:g}H{to_x:g}" if y == to_y else curve
         middle, anchor = (bend, (y + to_y) / 2 - 6), "middle"
     line = f'<path d="{path}" fill="none" stroke="#333" stroke-width="1.5" marker-end="url(#tip)"/>'
     return line if text is None else f"{line}\n{_text(*middle, text, anchor)}"
