@@ -24,6 +24,7 @@ exclude_patterns = ["drawings"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # the same names as on GitHub, so that links hold in both places
 
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

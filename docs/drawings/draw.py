@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-COLUMN, ROW, WIDTH, MARGIN, LINE = 186, 94, 136, 24, 17
+COLUMN, ROW, WIDTH, MARGIN, LINE = 156, 94, 116, 12, 17
 COLORS = {  # fill and edge of each kind
     "data": ("#ffffff", "#444444"),
     "step": ("#ececec", "#666666"),
@@ -123,7 +123,7 @@ def _arrow(start: Box, end: Box, text: str | None) -> str:
 def _legend(y: float) -> str:
     lines = []
     for place, (kind, meaning) in enumerate(KINDS.items()):
-        x, (fill, edge) = MARGIN + 150 * place, COLORS[kind]
+        x, (fill, edge) = MARGIN + 148 * place, COLORS[kind]
         lines.append(f'<rect x="{x}" y="{y:g}" width="20" height="14" rx="3" fill="{fill}" stroke="{edge}"/>')
         lines.append(_text(x + 27, y + 11.5, meaning, "start"))
     return "\n".join(lines)
