@@ -45,7 +45,7 @@ def benchmark(
         data: Data to compare them on, each with class_path (SurfaceDefects, MVTecAD, Folder, ...), init_args and if
             wanted name.
         seeds: Seeds of the random numbers; the report gives mean and standard deviation over them.
-        output: Folder of the results; trained models lie in jobs/*/model.ckpt and may be deleted.
+        output: Folder of the results; trained models lie below its folder jobs and may be deleted.
         image_size: Height and width that every model resizes to. Left out, each model has its own.
         accelerator: Where models are trained and where torch is timed: auto, cpu, gpu. OpenVINO runs on the CPU.
         threads: CPU threads of training and inference. Left out, torch and OpenVINO choose.

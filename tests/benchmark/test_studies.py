@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies run, and their figures are of what they say; what came of them is in docs/benchmark.md."""
+"""The studies run, and their figures are of what they say; what came of them is in docs/what_was_tried.md."""
 
 import json
 from pathlib import Path

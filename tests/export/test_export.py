@@ -212,7 +212,7 @@ def test_images_score_the_same_everywhere(
     for runtime, predict in runtimes(exported[name]).items():
         scores_there, labels_there = collect(map(predict, files))
         apart = (scores_there - scores).abs()
-        # Weights of 16 bits move a score that lies where normalization is steep, between a threshold and a minimum near it.
+        # Normalization is steep between a threshold and a minimum near it: there, weights of 16 bits move a score far.
         far = apart.topk(1 if runtime == "OpenVINO FP16" else 0).indices
         apart[far] = 0
         assert apart.max() < TOLERANCE[runtime], (runtime, apart.max(), far)
