@@ -315,7 +315,7 @@ def test_batches_of_a_loader_close_ranks(workers: int, tmp_path: Path) -> None:
     for i in (0, 3):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     data = PredictDataset(tmp_path)
-    loader = DataLoader(data, batch_size=2, collate_fn=data.collate_fn, num_workers=workers)
+    loader = DataLoader(data, batch_size=2, collate_fn=data.collate_fn, num_workers=workers, timeout=60 * workers)
     predictions = small_engine(tmp_path).predict(model_of("FractalAD"), dataloaders=loader)
     assert [[Path(path).stem for path in batch.image_path] for batch in predictions] == [["1", "2"], ["4"]]
 

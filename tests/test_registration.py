@@ -149,7 +149,7 @@ def test_repairs_for_every_model_and_for_none(reach: str, run: Run) -> None:
 
 def test_a_process_that_is_no_fork() -> None:
     code = f"import anomalib.models\n{CHECK}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.endswith("registered\n"), done.stderr
 
 

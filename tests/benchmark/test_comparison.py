@@ -310,9 +310,11 @@ def test_killing_the_command_ends_its_job(tmp_path: Path) -> None:
         run_in_process(Job("m", "d", 0, {"model": {"init_args": {}}}), Record(Path("record.json")))
     """
     command = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    end = time.monotonic() + 300
     try:
         while not (jobs := psutil.Process(command.pid).children()):
             assert command.poll() is None
+            assert time.monotonic() < end, "no job was begun"
             time.sleep(0.1)
     finally:
         command.kill()

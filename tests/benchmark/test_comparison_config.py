@@ -220,7 +220,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_is_told_in_one_line() -> None:
     arguments = ["--models", '[{"class_path": "Stfpm"}]', "--data", '[{"class_path": "SurfaceDefects"}]']
     command = [sys.executable, "-m", "anomalib_fractalad.benchmark", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     assert done.stderr == "error: models[0] (Stfpm) has no training budget; give epochs or steps\n"
     assert not done.stdout

@@ -106,7 +106,7 @@ def test_two_processes_at_once_write_what_one_writes(
         )
         for threads in (1, 3)
     ]
-    assert [process.wait() for process in processes] == [0, 0]
+    assert [process.wait(timeout=500) for process in processes] == [0, 0]
     assert contents(root / "metal_plate") == written[2]
     assert not (root / ".metal_plate.part").exists()
 

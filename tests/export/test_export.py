@@ -156,7 +156,7 @@ def exported(trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFacto
     jobs = [str(part) for name in trained for part in (name, trained[name].checkpoint, folders[name])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", EXPORT, *jobs]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path_factory.mktemp("cwd"))
+    subprocess.run(command, check=True, timeout=1000, env=environment, cwd=tmp_path_factory.mktemp("cwd"))
     return folders
 
 

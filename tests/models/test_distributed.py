@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    run_script(Path(__file__).with_name("distributed_training.py"), tile_root, folder, timeout=600)
+    run_script(Path(__file__).with_name("distributed_training.py"), tile_root, folder)
     return folder
 
 

@@ -84,6 +84,7 @@ def test_padim_is_the_same_with_and_without_the_package(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
