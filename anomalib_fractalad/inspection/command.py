@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from .inspector import FIELDS, Inspector
 from .reading import find_images
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"error: {message} (--help shows what can be given)\n")
 
 
-def inspect_parser(prog: str, *, has_part: bool) -> argparse.ArgumentParser:
+def inspect_parser(prog: str, *, has_part: bool) -> _Parser:
     """Make the command's parser.
 
     Args:
@@ -180,7 +180,7 @@ def _place(path: Path, images: Sequence[str]) -> Path:
 def _writer(stack: ExitStack, output: str | None, kind: str, *, go_on: bool) -> Callable[[dict[str, Any]], None]:
     """A function that writes a line."""
     is_new = True
-    file: TextIO = sys.stdout
+    file: IO[str] = sys.stdout
     if output is None:
         if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors="backslashreplace")  # names that are no text
