@@ -137,8 +137,11 @@ def inspect_main(
         for row in rows:
             write(row)
             counts[row["decision"]] += 1
+    if not any(counts.values()):
+        print(f"error: there is no image in {', '.join(given.images)}", file=sys.stderr)
+        return FAILED
     print(", ".join(f"{count} {name}" for name, count in counts.items()), file=sys.stderr)
-    if counts["unreadable"] or not any(counts.values()):
+    if counts["unreadable"]:
         return FAILED
     return SOME_ANOMALOUS if counts["anomalous"] else ALL_GOOD
 

@@ -56,7 +56,8 @@ class FakeInspector:
 
     def __init__(self, part: Path, device: str, threshold: float | None) -> None:
         if not Path(part).is_dir():
-            raise FileNotFoundError("this is no part folder")
+            msg = "this is no part folder"
+            raise FileNotFoundError(msg)
         self.arguments = (device, threshold)
 
     def inspect(self, path: Path, heat_map: Path | None = None) -> Row:
@@ -131,6 +132,7 @@ def test_wrong_calls_are_one_line(folder: Path, capsys: pytest.CaptureFixture[st
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     assert run(folder, folder / "empty") == 2
+    assert "error: there is no image in " in capsys.readouterr().err
 
 
 class Clock:
@@ -177,7 +179,7 @@ def test_watching_takes_each_image_once_it_is_complete(folder: Path, monkeypatch
     assert not clock.happenings
     assert clock.now < 60
     # A second call goes on with the same file.
-    assert len(watched(folder, Clock(), monkeypatch, "--idle", 20, "--grace", 0)) == len(rows) + 6
+    assert len(watched(folder, Clock(), monkeypatch, "--idle", 20, "--grace", 0)) == len(rows) + 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
