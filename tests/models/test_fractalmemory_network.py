@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FractalMemory's network, and what its first stage gathers."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -8,7 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_fractalad.models.components import ImageScore
 from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemoryModel
 from anomalib_fractalad.models.fractalmemory.gathering import MOST_HELD, Gathering
+from anomalib_fractalad.models.fractalmemory.head import BoundedGate, ResidualHead
 from anomalib_fractalad.models.fractalmemory.loss import SegmentationLoss
+from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory
 from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
 from anomalib_fractalad.models.fractalmemory.statistics import (
     REGULARIZATION,
@@ -17,7 +21,6 @@ from anomalib_fractalad.models.fractalmemory.statistics import (
     extended_average,
     farthest_points,
 )
-from anomalib_fractalad.models.fractalmemory.torch_model import Descriptor, FeatureMemory, Fusion, ResidualHead
 
 CHANNELS = [2, 3, 4]
 
@@ -101,17 +104,30 @@ def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself()
     found = memory(query).movedim(1, -1)
     torch.testing.assert_close(found, items[torch.cdist(rows.flatten(0, 2), items).argmin(1)].view_as(found))
 
-    found = memory(query, torch.tensor([4, 0, 77])).movedim(1, -1)
+    hidden = memory.hide(torch.tensor([4, 0, 77]), torch.ones(3))
+    found = memory(query, hidden).movedim(1, -1)
     for image, owner in enumerate((4, 0, 77)):
         others = items[owners != owner]
         nearest = others[torch.cdist(rows[image].flatten(0, 1), others).argmin(1)]
         torch.testing.assert_close(found[image].flatten(0, 1), nearest)
 
 
+def test_a_random_share_of_the_others_is_left() -> None:
+    memory = FeatureMemory(4000, 1)
+    memory.fill(torch.randn(4000, 1), torch.arange(4000) % 2)
+    hidden = memory.hide(torch.tensor([0, 1, 5]), torch.tensor([0.5, 0.1, 0.0]))
+    assert hidden[0, memory.owners == 0].all()
+    assert hidden[1, memory.owners == 1].all()
+    left = (~hidden).float().mean(dim=1)
+    torch.testing.assert_close(left[:2], torch.tensor([0.25, 0.05]), atol=0.03, rtol=0)
+    assert left[2] == 1  # a share of nothing is none
+
+
 def test_an_image_that_owns_the_whole_memory_is_compared_with_it() -> None:
     memory = FeatureMemory(7, 2)
     memory.fill(torch.randn(3, 2), torch.tensor([1, 1, 1]))
-    assert memory(torch.randn(1, 2, 2, 2), torch.tensor([1])).isfinite().all()
+    hidden = memory.hide(torch.tensor([1]), torch.ones(1))
+    assert memory(torch.randn(1, 2, 2, 2), hidden).isfinite().all()
     assert len(memory.items.unique(dim=0)) == 3  # few items are repeated
 
 
@@ -150,23 +166,39 @@ def test_what_is_gathered_is_bounded() -> None:
     assert int(gathering.reservoir.seen) == 400 * 16
 
 
-def test_the_head_sees_the_residual_alone_and_every_part_of_it() -> None:
+def test_the_head_sees_the_residual_relative_to_the_image() -> None:
     head = ResidualHead(6, 8).eval()
     residual, distance = torch.randn(2, 6, 4, 4), torch.rand(2, 1, 4, 4)
     logits = head(residual, distance)
     assert logits.shape == (2, 1, 8, 8)
     for changed in (head(-residual, distance), head(residual, distance + 1), head(2 * residual, distance)):
-        assert not torch.allclose(changed, logits)
+        assert not torch.allclose(changed, logits, atol=1e-5)
+    torch.testing.assert_close(head(3 * residual, 3 * distance), logits)
 
 
-def test_maps_are_scaled_and_weighed() -> None:
-    fusion = Fusion()
-    distance, logit = torch.rand(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
-    torch.testing.assert_close(fusion(distance, logit), distance)  # a head that is not trained does not count
-    fusion.center.copy_(torch.tensor([2.0, 3.0]))
-    fusion.spread.copy_(torch.tensor([4.0, 5.0]))
-    fusion.set_head_weight(0.25)
-    torch.testing.assert_close(fusion(distance, logit), 0.75 * (distance - 2) / 4 + 0.25 * (logit - 3) / 5)
+def test_a_gate_changes_a_distance_within_bounds() -> None:
+    gate = BoundedGate()
+    distance, logit = torch.rand(1, 1, 20, 20), 100 * torch.randn(1, 1, 20, 20)
+    torch.testing.assert_close(gate(distance, logit), distance)  # a head that is not trained does not count
+    gate.strength.fill_(math.log(1.5))
+    factor = gate(distance, logit) / distance
+    torch.testing.assert_close(factor.aminmax(), torch.return_types.aminmax([torch.tensor(1 / 1.5), torch.tensor(1.5)]))
+    assert ((factor > 1) == (logit > 0)).all()
+    torch.testing.assert_close(gate(distance, torch.full_like(logit, 4.0)), distance * 1.5 ** math.tanh(1))
+
+
+@torch.no_grad()
+def test_the_head_changes_the_map_and_never_the_score() -> None:
+    network = FractalMemoryModel("test_resnet", pre_trained=False).eval()
+    images = torch.rand(2, 3, 64, 64)
+    plain = network(images)
+    network.gate.strength.fill_(1.0)
+    refined = network(images)
+    assert torch.equal(refined.pred_score, plain.pred_score)
+    assert not torch.allclose(refined.anomaly_map, plain.anomaly_map, rtol=0.01)
+    alone = FractalMemoryModel("test_resnet", pre_trained=False, head=False).eval()
+    alone.load_state_dict(network.state_dict(), strict=False)
+    torch.testing.assert_close(alone(images), plain)
 
 
 def test_losses() -> None:
@@ -187,6 +219,7 @@ def test_stages() -> None:
     assert [plan.stage(step) for step in (0, 9, 10, 49)] == [Stage.GATHERING] * 2 + [Stage.HEAD] * 2
     assert [StagePlan.divide(steps, 10) for steps in (10, 3, 1)] == [StagePlan(5, 5), StagePlan(1, 2), StagePlan(1, 0)]
     assert StagePlan.divide(30, float("inf")) == StagePlan(15, 15)
+    assert StagePlan.divide(30, 10, head=False) == StagePlan(30, 0)
     assert plan.after(StagePlan(5, 5)) == StagePlan(5, 45)  # what is gathered stays gathered
     factors = [plan.lr_factor(step) for step in range(10, 50)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
@@ -200,7 +233,8 @@ def test_the_network_is_as_large_as_told() -> None:
     assert network.memory.items.shape == (30, channels)
     assert network.head.embed.weight.shape == (16, channels + 1, 1, 1)
     assert isinstance(network.score, ImageScore)
-    prediction = network.eval()(torch.rand(2, 3, 64, 96))
+    with torch.no_grad():
+        prediction = network.eval()(torch.rand(2, 3, 64, 96))
     assert prediction.anomaly_map.shape == (2, 1, 64, 96)
     torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
 

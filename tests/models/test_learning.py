@@ -81,7 +81,7 @@ def average_precision(network: Any, images: Tensor, mask: Tensor) -> float:
     return binary_average_precision(anomaly_map.flatten(), (mask > 0.5).flatten().int()).item()
 
 
-@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.5), ("ADPS", 0.6), ("AAND", 0.5)])
+@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.5), ("ADPS", 0.6), ("AAND", 0.5), ("FractalMemory", 0.5)])
 def test_anomalies_of_unseen_images_are_found(name: str, least: float, lessons: Callable[[str], Lesson]) -> None:
     lesson = lessons(name)
     _, anomalous, mask = held_out()

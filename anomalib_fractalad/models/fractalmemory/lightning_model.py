@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FractalMemory: how does a place differ from the nearest normal one?"""
 
-import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW, Optimizer
 
@@ -28,20 +26,22 @@ from anomalib_fractalad.models.components import (
     check_count,
     check_not_negative,
     check_positive,
-    gaussian_blur,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
+from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 from anomalib_fractalad.training.schedules import epoch_length, scheduled
 from anomalib_fractalad.transforms import LightingJitter, MixedAnomalyGenerator
 
 from .calibration import Calibration
 from .gathering import Gathering
 from .loss import SegmentationLoss
+from .parts import check_pattern, part_number
 from .stages import Stage, StagePlan
 from .torch_model import FractalMemoryModel
 
 WEIGHT_DECAY = 0.01
 NORMAL_SHARE = 4  # anomalous images for each normal one
+SMALLEST_SHARE = 1 / 16  # of the memory, that an image is compared with in training
 GRADIENT_NORM = 1.0
 
 
@@ -63,6 +63,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
             is never compared with others of its own part. Left out, each image is a part.
         lighting: Strength of the changes in lighting that the head learns to pass over; 1 is contrast up to 20 %,
             brightness up to 0.1 and a little tint and noise, 0 none.
+        head: Train a head that refines maps. Without it one epoch is all that is trained, and lighting, width and
+            learning_rate are without effect.
         width: Channels of the head.
         sigma: Standard deviation in pixels of the smoothing of maps.
         score: Image score from the anomaly map: top, the mean of the highest pixels, max or mean.
@@ -87,7 +89,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
     """
 
     model: FractalMemoryModel
-    architecture: ClassVar = {"backbone": str, "memory_size": int, "width": int}
+    architecture: ClassVar = {"backbone": str, "memory_size": int, "head": bool, "width": int}
     training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "part_pattern", "lighting"})
     untrained_because = (
         "its memory is empty, since the training ended before all features were gathered, or never began. Train it, or "
@@ -106,8 +108,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         reservoir_size: int = 40_000,
         part_pattern: str | None = None,
         lighting: float = 0.0,
+        head: bool = True,
         width: int = 64,
-        sigma: float = 4.0,
+        sigma: int = 4,
         score: Reduction = "top",
         top_share: float = 0.005,
         learning_rate: float = 0.002,
@@ -123,7 +126,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         if reservoir_size < memory_size:
             msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
             raise ValueError(msg)
-        self._check_pattern(part_pattern)
+        check_pattern(part_pattern)
         weights = None if weights is None else str(weights)
         super().__init__(
             pre_processor=pre_processor,
@@ -137,18 +140,24 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.part_pattern = part_pattern
         self.generator = MixedAnomalyGenerator()
         self.lighting = LightingJitter(lighting)
-        self.model = FractalMemoryModel(backbone, pre_trained, memory_size, width, sigma, score, top_share, weights)
+        self.model = FractalMemoryModel(
+            backbone, pre_trained, memory_size, head, width, sigma, score, top_share, weights
+        )
         self.loss = SegmentationLoss()
+        # Lightning counts steps of an optimizer, and an optimizer has to have a weight.
+        self.idle = nn.Parameter(torch.zeros(1)) if self.model.head is None else None
         self._gathering: Gathering | None = None
         self._calibration: Calibration | None = None
 
-    @staticmethod
-    def _check_pattern(pattern: str | None) -> None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            msg = f"part_pattern is {pattern!r}, which is no regular expression: {error}"
-            raise ValueError(msg) from error
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer settings that the model insists on: a single epoch, where there is no head to train."""
+        return ({"max_epochs": 1} if self.model.head is None else {}) | super().trainer_arguments
+
+    @property
+    def trained_weights(self) -> list[nn.Parameter]:
+        """What the optimizer trains."""
+        return list(self.model.trained_head.parameters()) if self.idle is None else [self.idle]
 
     @property
     def stage(self) -> Stage:
@@ -173,7 +182,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
             msg = "the training data have no length; FractalMemory has to know the end of training: set max_steps"
             raise ValueError(msg)
         recorded = self.plan
-        self.plan = StagePlan.divide(int(self.training_steps), epoch_length(self.trainer))
+        self.plan = StagePlan.divide(
+            int(self.training_steps), epoch_length(self.trainer), head=self.model.head is not None
+        )
         self._announced = None
         states = self._gathered_states if self.trainer.ckpt_path else ()
         self._gathering = Gathering(self.model.teacher.channels, self.reservoir_size, self.device)
@@ -186,13 +197,14 @@ class FractalMemory(OneClassModule, AnomalibModule):
             self._fill_memory()
 
     def _fill_memory(self) -> None:
-        """Fill the memory with what was gathered, if it is not, and scale the distance."""
+        """Fill the memory with what was gathered, if it is not."""
         gathering = cast("Gathering", self._gathering)
         if not gathering.finished:  # a checkpoint of the last step of the gathering was written just before
             rank_zero_info("FractalMemory fills its memory")
             gathering.finish(self.model)
-        self._calibration = Calibration(gathering, self.lighting)
-        self._calibration(self.model, trained=self.trainer.global_step > self.plan.gathering)
+        if self.model.head is not None:
+            self._calibration = Calibration(gathering)
+            self._calibration(self.model, trained=self.trainer.global_step > self.plan.gathering)
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """Say which stage runs, where it begins and where training resumes."""
@@ -220,7 +232,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         owner = self.owners_of(batch).repeat(len(images) // len(batch.image))
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         # Distributed training waits for a gradient of every weight.
-        nothing = torch.stack([parameter[:0].sum() for parameter in self.model.head.parameters()]).sum()
+        nothing = torch.stack([parameter[:0].sum() for parameter in self.trained_weights]).sum()
         gathering = cast("Gathering", self._gathering)
         if self.stage is Stage.GATHERING:
             gathering.add(self.model.teacher, images, owner)
@@ -240,12 +252,14 @@ class FractalMemory(OneClassModule, AnomalibModule):
         mask = torch.cat([mask, torch.zeros_like(mask[normal])])
         with torch.no_grad():
             features = self.model.teacher(torch.cat([anomalous, images[normal]]))
-            residual, distance = self.model.compare(features, owner)
+            # A poor memory is farther from what is normal, as the full one is from new images.
+            share = SMALLEST_SHARE ** torch.rand(len(owner))
+            residual, distance = self.model.compare(features, self.model.memory.hide(owner, share))
         mask = F.interpolate(mask, size=[2 * side for side in distance.shape[-2:]], mode="area")
         for axis in (-1, -2):
             if torch.rand(()) < 0.5:
                 residual, distance, mask = residual.flip(axis), distance.flip(axis), mask.flip(axis)
-        return self.loss(self.model.head(residual, distance), mask)
+        return self.loss(self.model.trained_head(residual, distance), mask)
 
     def owners_of(self, batch: ImageBatch) -> Tensor:
         """Numbers of the parts that images show.
@@ -257,7 +271,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             (B,), equal for images of one part.
         """
         paths = batch.image_path or [f"{self.global_rank} {self.trainer.global_step} {i}" for i in range(len(batch))]
-        numbers = [_number(_part(str(path), self.part_pattern)) for path in paths]
+        numbers = [part_number(str(path), self.part_pattern) for path in paths]
         return torch.tensor(numbers, device=batch.image.device)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -265,9 +279,11 @@ class FractalMemory(OneClassModule, AnomalibModule):
         super().on_train_batch_end(*args, **kwargs)
         if self.stage is Stage.GATHERING:
             return
-        if self._calibration is None:
+        if not cast("Gathering", self._gathering).finished:
             self._fill_memory()
-        elif self.trainer.is_last_batch or self.trainer.global_step >= self.training_steps:
+        elif self._calibration is not None and (
+            self.trainer.is_last_batch or self.trainer.global_step >= self.training_steps
+        ):
             self._calibration(self.model, trained=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -278,18 +294,17 @@ class FractalMemory(OneClassModule, AnomalibModule):
         checkpoint["stage_plan"] = asdict(self.plan)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what a training that is resumed has gathered, and keep the kernel of a smoothing that was given."""
+        """Remember what a training that is resumed has gathered."""
         super().on_load_checkpoint(checkpoint)
         self._gathered_states = tuple(checkpoint.get("gathered", ()))
         self.plan = StagePlan(**checkpoint.get("stage_plan", {"gathering": 0, "head": 0}))
-        checkpoint.get("state_dict", {}).update(self.model.smooth.state_dict(prefix="model.smooth."))
 
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
         super().apply_arguments(arguments)
         self.lighting = LightingJitter(arguments["lighting"])
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
-        self.model.smooth = gaussian_blur(arguments["sigma"]).to(self.device)
+        self.model.smooth = GaussianSmoothing(arguments["sigma"]).to(self.device)
 
     def is_untrained(self) -> bool:
         """Whether the memory is empty; a head that never took a step does not count."""
@@ -297,7 +312,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the head."""
-        optimizer = AdamW(self.model.head.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY)
+        optimizer = AdamW(self.trained_weights, lr=self.learning_rate, weight_decay=WEIGHT_DECAY)
         # Lightning makes the schedule before it knows the length of the training, but asks for a rate only afterwards.
         return scheduled(optimizer, lambda step: self.plan.lr_factor(step))  # noqa: PLW0108  # the plan is replaced later
 
@@ -305,7 +320,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         """Leave the head and AdamW's moments as they are while features are gathered."""
         del optimizer
         if self.stage is Stage.GATHERING:
-            for parameter in self.model.head.parameters():
+            for parameter in self.trained_weights:
                 parameter.grad = None
 
     def configure_gradient_clipping(
@@ -317,18 +332,3 @@ class FractalMemory(OneClassModule, AnomalibModule):
         """Keep the gradient's norm at most 1, unless the trainer says otherwise."""
         value = GRADIENT_NORM if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, value, gradient_clip_algorithm or "norm")
-
-
-def _part(path: str, pattern: str | None) -> str:
-    if pattern is None:
-        return path
-    match = re.search(pattern, Path(path).name)
-    if match is None:
-        msg = f"part_pattern {pattern!r} finds nothing in the name of {path}; leave it out where images are not grouped"
-        raise ValueError(msg)
-    return " ".join(map(str, match.groups())) if match.groups() else match[0]
-
-
-def _number(name: str) -> int:
-    """A number of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

@@ -30,13 +30,16 @@ class StagePlan:
     head: int
 
     @classmethod
-    def divide(cls, steps: int, steps_per_epoch: float) -> "StagePlan":
+    def divide(cls, steps: int, steps_per_epoch: float, *, head: bool = True) -> "StagePlan":
         """Divide a training: the first epoch gathers. A training of one epoch or less is halved instead.
 
         Args:
             steps: Optimizer steps of the whole training.
             steps_per_epoch: Optimizer steps of an epoch, or infinity where the data have no length.
+            head: Whether there is a head to train; if not, all steps gather.
         """
+        if not head:
+            return cls(steps, 0)
         gathering = int(steps_per_epoch) if steps > steps_per_epoch else max(steps // 2, 1)
         return cls(gathering, steps - gathering)
 

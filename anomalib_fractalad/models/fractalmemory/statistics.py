@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .torch_model import Descriptor, FeatureMemory, average
+from .memory import Descriptor, FeatureMemory, average
 
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 PROJECTION = 64  # dimensions that distances between candidates are measured in
@@ -94,7 +94,7 @@ class Moments(nn.Module):
         for buffer, value in (
             (descriptor.mean, mean),
             (descriptor.deviation, deviation),
-            (descriptor.whiten, whiten[..., None, None]),
+            (descriptor.whiten, whiten),
             (descriptor.shift, shift),
         ):
             buffer.copy_(value)
