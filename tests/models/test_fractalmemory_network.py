@@ -189,14 +189,14 @@ def test_a_gate_changes_a_distance_within_bounds() -> None:
 
 @torch.no_grad()
 def test_the_head_changes_the_map_and_never_the_score() -> None:
-    network = FractalMemoryModel("test_resnet", pre_trained=False).eval()
+    network = FractalMemoryModel("test_resnet", pre_trained=False, head=True).eval()
     images = torch.rand(2, 3, 64, 64)
     plain = network(images)
     network.gate.strength.fill_(1.0)
     refined = network(images)
     assert torch.equal(refined.pred_score, plain.pred_score)
     assert not torch.allclose(refined.anomaly_map, plain.anomaly_map, rtol=0.01)
-    alone = FractalMemoryModel("test_resnet", pre_trained=False, head=False).eval()
+    alone = FractalMemoryModel("test_resnet", pre_trained=False).eval()
     alone.load_state_dict(network.state_dict(), strict=False)
     torch.testing.assert_close(alone(images), plain)
 
@@ -228,7 +228,9 @@ def test_stages() -> None:
 
 
 def test_the_network_is_as_large_as_told() -> None:
-    network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=30, width=16, sigma=2, score="max")
+    network = FractalMemoryModel(
+        "test_resnet", pre_trained=False, memory_size=30, head=True, width=16, sigma=2, score="max"
+    )
     channels = sum(network.teacher.channels)
     assert network.memory.items.shape == (30, channels)
     assert network.head.embed.weight.shape == (16, channels + 1, 1, 1)

@@ -18,7 +18,7 @@ from anomalib_fractalad.transforms import (
 from .gathering import Gathering
 from .torch_model import FractalMemoryModel
 
-STRENGTHS = (0.0, math.log(2), math.log(4))
+STRENGTHS = (0.0, math.log(1.5))  # more would serve made defects, and not real ones everywhere
 PIXEL_STEP = 4
 
 
@@ -86,4 +86,4 @@ class Calibration:
         maps = torch.cat([model.refined_map(s.residual, s.distance, s.mask.shape[-2:])[1] for s in self._samples])
         masks = torch.cat([sample.mask for sample in self._samples])
         pixels, truth = (part[..., ::PIXEL_STEP, ::PIXEL_STEP].flatten() for part in (maps, masks))
-        return float(binary_average_precision(pixels / pixels.max(), truth.long()))  # as they are, if in [0, 1]
+        return float(binary_average_precision(pixels / pixels.max(), truth.long()))  # in [0, 1], so without a sigmoid

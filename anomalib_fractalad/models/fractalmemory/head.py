@@ -48,7 +48,7 @@ class ResidualHead(nn.Module):
         # Relative to the image: one that is farther from the memory as a whole is not anomalous everywhere.
         typical = distance.mean(dim=(-2, -1), keepdim=True)
         # The root keeps single large channels from drowning the others.
-        rooted = residual.sign() * (residual.abs() / typical).sqrt()
+        rooted = residual.sign() * (residual.abs() / (typical * residual.shape[1] ** 0.5)).sqrt()
         x = self.embed(torch.cat([rooted, distance / typical - 1], dim=1))
         x = x + self.spatial(x)
         logits: Tensor = self.classify(self.enlarge(x))

@@ -24,13 +24,12 @@ from anomalib_fractalad.models.components import (
     ImageScore,
     Reduction,
     check_count,
-    check_not_negative,
     check_positive,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 from anomalib_fractalad.training.schedules import epoch_length, scheduled
-from anomalib_fractalad.transforms import LightingJitter, MixedAnomalyGenerator
+from anomalib_fractalad.transforms import MixedAnomalyGenerator
 
 from .calibration import Calibration
 from .gathering import Gathering
@@ -61,10 +60,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
             memory it bounds what is held, however many images there are.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
-        lighting: Strength of the changes in lighting that the head learns to pass over; 1 is contrast up to 20 %,
-            brightness up to 0.1 and a little tint and noise, 0 none.
-        head: Train a head that refines maps. Without it one epoch is all that is trained, and lighting, width and
-            learning_rate are without effect.
+        head: Train a head that refines maps, in all epochs after the first. Experimental: on some parts it does harm.
+            Without it one epoch is all that is trained, and width and learning_rate are without effect.
         width: Channels of the head.
         sigma: Standard deviation in pixels of the smoothing of maps.
         score: Image score from the anomaly map: top, the mean of the highest pixels, max or mean.
@@ -90,7 +87,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     model: FractalMemoryModel
     architecture: ClassVar = {"backbone": str, "memory_size": int, "head": bool, "width": int}
-    training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "part_pattern", "lighting"})
+    training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "part_pattern"})
     untrained_because = (
         "its memory is empty, since the training ended before all features were gathered, or never began. Train it, or "
         "go on from its last checkpoint (ckpt_path)"
@@ -107,8 +104,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         memory_size: int = 2000,
         reservoir_size: int = 40_000,
         part_pattern: str | None = None,
-        lighting: float = 0.0,
-        head: bool = True,
+        head: bool = False,
         width: int = 64,
         sigma: int = 4,
         score: Reduction = "top",
@@ -121,7 +117,6 @@ class FractalMemory(OneClassModule, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_positive(learning_rate=learning_rate)
-        check_not_negative(lighting=lighting)
         check_count(epochs=epochs, memory_size=memory_size, reservoir_size=reservoir_size)
         if reservoir_size < memory_size:
             msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
@@ -139,7 +134,6 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.reservoir_size = reservoir_size
         self.part_pattern = part_pattern
         self.generator = MixedAnomalyGenerator()
-        self.lighting = LightingJitter(lighting)
         self.model = FractalMemoryModel(
             backbone, pre_trained, memory_size, head, width, sigma, score, top_share, weights
         )
@@ -245,7 +239,6 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     def _segment(self, images: Tensor, owner: Tensor) -> dict[str, Tensor]:
         """Losses of anomalous and of some normal images, each compared with a memory without its own part."""
-        images = self.lighting(images)
         anomalous, mask = self.generator(images)
         normal = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)].to(images.device)
         owner = torch.cat([owner, owner[normal]])
@@ -302,7 +295,6 @@ class FractalMemory(OneClassModule, AnomalibModule):
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
         super().apply_arguments(arguments)
-        self.lighting = LightingJitter(arguments["lighting"])
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
         self.model.smooth = GaussianSmoothing(arguments["sigma"]).to(self.device)
 

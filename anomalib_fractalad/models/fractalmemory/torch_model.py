@@ -56,7 +56,7 @@ class FractalMemoryModel(nn.Module):
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
         memory_size: int = 2000,
-        head: bool = True,
+        head: bool = False,
         width: int = 64,
         sigma: int = 4,
         score: Reduction = "top",
@@ -83,8 +83,8 @@ class FractalMemoryModel(nn.Module):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), from 0 on. The score is the distance's, whatever the
-            head says.
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), from 0 on: log(1 + x) of the distance, of which 1
+            is normal. The score is the distance's, whatever the head says.
         """
         score, anomaly_map = self._smoothed(self.by_tiles(self.predict_map, images, self.tiler))
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
@@ -114,33 +114,22 @@ class FractalMemoryModel(nn.Module):
         return self._smoothed(self._maps(residual, distance, size))
 
     def _maps(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> Tensor:
-        maps = [distance] if self.head is None else [distance, self.refine(residual, distance)]
+        fine = self.upsample(distance, [2 * side for side in distance.shape[-2:]])  # as fine as the head's logit
+        maps = [fine]
+        if self.head is not None:
+            maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Smooth maps; scores are the distance's."""
+        """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
         distance, *others = [self.smooth(at_least_float32(channel)) for channel in maps.split(1, dim=1)]
-        score = self.score(distance)
-        return score, others[0] if others else distance
+        refined = others[0] if others else distance
+        return self.score(distance).log1p(), refined.log1p()
 
     @property
     def trained_head(self) -> "ResidualHead":
         """The head of a network that has one."""
         return cast("ResidualHead", self.head)
-
-    def refine(self, residual: Tensor, distance: Tensor) -> Tensor:
-        """Raise and lower the distance where the head says so, by a bounded factor.
-
-        Args:
-            residual: (B, C, H, W).
-            distance: (B, 1, H, W).
-
-        Returns:
-            (B, 1, 2H, 2W), in float32 or wider.
-        """
-        logit = at_least_float32(self.trained_head(residual, distance))
-        refined: Tensor = self.gate(self.upsample(distance, logit.shape[-2:]), logit)
-        return refined
 
     def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compare features with the memory, in full precision.
@@ -150,9 +139,10 @@ class FractalMemoryModel(nn.Module):
             hidden: Items that are passed over, boolean (B, N). Left out, none are.
 
         Returns:
-            Whitened residual to the nearest item, (B, C, H, W) with C the sum of C_i, and its length (B, 1, H, W).
+            Whitened residual to the nearest item, (B, C, H, W) with C the sum of C_i, and its root mean square over
+            channels (B, 1, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
             query = self.descriptor(features)
             residual = query - self.memory(query, hidden)
-            return residual, residual.square().sum(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
+            return residual, residual.square().mean(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
