@@ -12,25 +12,29 @@ from .statistics import Moments, Reservoir, extended_average, fill_memory
 from .torch_model import FractalMemoryModel
 
 HELD_EVERY = 8
-MOST_HELD = 32
+MOST_HELD = 16
 
 
 class Gathering:
     """What one process gathers, and after :meth:`finish` what all have gathered.
 
-    It holds moments, a reservoir of features and up to 32 images, whatever the number of images: about 40 MB.
+    It holds moments, a reservoir of features and up to 16 images, whatever the number of images: about 40 MB.
 
     Args:
         channels: Channels of the teacher's levels.
         reservoir_size: Number of places that are sampled.
         device: Where features come from.
+        most_held: Most images that are kept aside.
 
     Attributes:
-        held_images: Images (3, H, W), every eighth and at most 32, that the head is not trained on.
+        held_images: Images (3, H, W), every eighth and at most 16, that the head is not trained on.
         held_owners: Numbers of the parts that they show, (n,).
     """
 
-    def __init__(self, channels: Sequence[int], reservoir_size: int, device: torch.device) -> None:
+    def __init__(
+        self, channels: Sequence[int], reservoir_size: int, device: torch.device, most_held: int = MOST_HELD
+    ) -> None:
+        self.most_held = most_held
         self.moments = Moments(channels).to(device)
         self.reservoir = Reservoir(reservoir_size, sum(channels) + len(channels)).to(device)
         self.held_images: list[Tensor] = []
@@ -53,7 +57,7 @@ class Gathering:
         self.reservoir.offer(averages, owner)
         first = (-self.images) % HELD_EVERY
         for i in range(first, len(images), HELD_EVERY):
-            if len(self.held_images) < MOST_HELD:
+            if len(self.held_images) < self.most_held:
                 self.held_images.append(images[i].half().cpu())
                 self.held_owners = torch.cat([self.held_owners, owner[i : i + 1]])
         self.images += len(images)
@@ -81,9 +85,9 @@ class Gathering:
         dist.all_gather_object(all_parts, mine)
         for total in self.moments.buffers():
             dist.all_reduce(total)
-        held = [pair for part in all_parts for pair in zip(part[2], part[3], strict=True)][:MOST_HELD]
+        held = [pair for part in all_parts for pair in zip(part[2], part[3], strict=True)][: self.most_held]
         self.held_images = [image for image, _ in held]
-        self.held_owners = torch.stack([owner for _, owner in held]).to(device)
+        self.held_owners = torch.tensor([int(owner) for _, owner in held], dtype=torch.int64, device=device)
         values, owners = (torch.cat([part[i] for part in all_parts]).to(device) for i in (0, 1))
         return values, owners
 

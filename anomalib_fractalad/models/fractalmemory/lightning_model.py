@@ -32,7 +32,7 @@ from anomalib_fractalad.training.schedules import epoch_length, scheduled
 from anomalib_fractalad.transforms import MixedAnomalyGenerator
 
 from .calibration import Calibration
-from .gathering import Gathering
+from .gathering import MOST_HELD, Gathering
 from .loss import SegmentationLoss
 from .parts import check_pattern, part_number
 from .stages import Stage, StagePlan
@@ -45,10 +45,10 @@ GRADIENT_NORM = 1.0
 
 
 class FractalMemory(OneClassModule, AnomalibModule):
-    """FractalMemory: a memory of normal features, and a head that reads the difference from the nearest.
+    """FractalMemory: the distance of whitened features from the nearest of a memory of normal ones.
 
-    Experimental: the README beside this file says what was measured, and where it failed. The first epoch gathers
-    features; all others train the head.
+    It trains for one epoch, which gathers features, whatever the trainer's max_epochs is. A head that refines maps is
+    an option; then the first epoch gathers, and all others train the head.
 
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16, for the teacher.
@@ -60,8 +60,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
             memory it bounds what is held, however many images there are.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
-        head: Train a head that refines maps, in all epochs after the first. Experimental: on some parts it does harm.
-            Without it one epoch is all that is trained, and width and learning_rate are without effect.
+        head: Train a head that refines maps, in all epochs after the first. It has to be tried on defects of the part:
+            on some it does harm. Without it width and learning_rate have no effect.
         width: Channels of the head.
         sigma: Standard deviation in pixels of the smoothing of maps.
         score: Image score from the anomaly map: top, the mean of the highest pixels, max or mean.
@@ -80,9 +80,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     Example:
         >>> from anomalib.engine import Engine
-        >>> from anomalib_fractalad import SurfaceDefects
-        >>> from anomalib_fractalad.models.fractalmemory import FractalMemory
-        >>> Engine(max_epochs=20).train(FractalMemory(), datamodule=SurfaceDefects())  # doctest: +SKIP
+        >>> from anomalib_fractalad import FractalMemory, SurfaceDefects
+        >>> Engine().train(FractalMemory(), datamodule=SurfaceDefects())  # doctest: +SKIP
     """
 
     model: FractalMemoryModel
@@ -181,7 +180,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         )
         self._announced = None
         states = self._gathered_states if self.trainer.ckpt_path else ()
-        self._gathering = Gathering(self.model.teacher.channels, self.reservoir_size, self.device)
+        held = MOST_HELD if self.model.head is not None else 0
+        self._gathering = Gathering(self.model.teacher.channels, self.reservoir_size, self.device, held)
         if states:
             self._gathering.load(states[min(self.global_rank, len(states) - 1)])
         if self._gathering.finished:  # what is gathered stays gathered, however long the training is now
@@ -207,8 +207,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
             self._announced = self.stage
             first = self.trainer.global_step + 1
             last = self.plan.gathering + (self.plan.head if self.stage is Stage.HEAD else 0)
+            stages = 1 if self.model.head is None else 2
             what = "gathers normal features" if self.stage is Stage.GATHERING else "trains the head"
-            rank_zero_info(f"FractalMemory stage {self.stage} of 2 {what}: steps {first} to {last}")
+            rank_zero_info(f"FractalMemory stage {self.stage} of {stages} {what}: steps {first} to {last}")
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Take a step of the stage that training has come to.
