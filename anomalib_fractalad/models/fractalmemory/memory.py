@@ -72,8 +72,8 @@ def average(features: Sequence[Tensor]) -> Tensor:
     size = tuple(features[1].shape[-2:])
     averages = []
     for level, own in zip(features, (features[1], features[1], features[2]), strict=True):
-        inside = _resize(F.avg_pool2d(torch.ones_like(own[:1, :1]), 3, stride=1, padding=1), size).to(level.dtype)
-        mean = F.avg_pool2d(_resize(level, size), 3, stride=1, padding=1, count_include_pad=False)
+        inside = resize(F.avg_pool2d(torch.ones_like(own[:1, :1]), 3, stride=1, padding=1), size).to(level.dtype)
+        mean = F.avg_pool2d(resize(level, size), 3, stride=1, padding=1, count_include_pad=False)
         averages.append(mean * inside)
     return torch.cat(averages, dim=1)
 
@@ -143,5 +143,11 @@ class FeatureMemory(nn.Module):
         return F.embedding(index, self.items).permute(0, 3, 1, 2)
 
 
-def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring maps (B, C, H, W) to a size, bilinearly.
+
+    Args:
+        maps: (B, C, H, W).
+        size: Height and width.
+    """
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False)

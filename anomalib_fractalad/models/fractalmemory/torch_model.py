@@ -22,7 +22,7 @@ from anomalib_fractalad.models.components import (
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
 from .head import BoundedGate, ResidualHead
-from .memory import Descriptor, FeatureMemory
+from .memory import Descriptor, FeatureMemory, resize
 
 STRIDES = (4, 8, 16)
 
@@ -114,7 +114,8 @@ class FractalMemoryModel(nn.Module):
         return self._smoothed(self._maps(residual, distance, size))
 
     def _maps(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> Tensor:
-        fine = self.upsample(distance, [2 * side for side in distance.shape[-2:]])  # as fine as the head's logit
+        # As fine as the head's logit. An export smooths in the same product that it upsamples in: this is not for it.
+        fine = resize(distance, [2 * side for side in distance.shape[-2:]])
         maps = [fine]
         if self.head is not None:
             maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
