@@ -20,6 +20,7 @@ COLORS = {  # fill and edge of each kind
     "frozen": ("#cfe0f3", "#2f5f93"),
     "trained": ("#fbdcb5", "#a5630f"),
     "loss": ("#f4c9c9", "#a32c2c"),
+    "fitted": ("#d6ead2", "#3f7a35"),
 }
 KINDS = {
     "data": "image or map",
@@ -27,6 +28,7 @@ KINDS = {
     "frozen": "frozen network",
     "trained": "trained network",
     "loss": "loss",
+    "fitted": "filled in one pass",
 }
 
 
@@ -97,7 +99,7 @@ def draw(description: str) -> str:
     width = max(box.center[0] for box in boxes.values()) + WIDTH / 2 + MARGIN
     lowest = max(box.center[1] + box.height / 2 for box in boxes.values())
     height = lowest + 2 * MARGIN + LINE
-    parts = [HEAD.format(width, height), *arrows, *(box.svg() for box in boxes.values()), _legend(lowest + MARGIN)]
+    parts = [HEAD.format(width, height), *arrows, *(box.svg() for box in boxes.values()), _legend(lowest + MARGIN, {box.kind for box in boxes.values()})]
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -120,9 +122,9 @@ def _arrow(start: Box, end: Box, text: str | None) -> str:
     return line if text is None else f"{line}\n{_text(*middle, text, anchor)}"
 
 
-def _legend(y: float) -> str:
+def _legend(y: float, used: set[str]) -> str:
     lines = []
-    for place, (kind, meaning) in enumerate(KINDS.items()):
+    for place, (kind, meaning) in enumerate((kind, meaning) for kind, meaning in KINDS.items() if kind in used):
         x, (fill, edge) = MARGIN + 148 * place, COLORS[kind]
         lines.append(f'<rect x="{x}" y="{y:g}" width="20" height="14" rx="3" fill="{fill}" stroke="{edge}"/>')
         lines.append(_text(x + 27, y + 11.5, meaning, "start"))
