@@ -48,7 +48,7 @@ class Descriptor(nn.Module):
         Returns:
             (B, C, H_1, W_1), C the sum of C_i, of zero mean and about unit covariance on normal images.
         """
-        means, deviations = self.mean.split(self.channels), self.deviation.split(self.channels)
+        means, deviations = (torch.split(values, self.channels) for values in (self.mean, self.deviation))
         standard = [
             (at_least_float32(level) - mean[:, None, None]) / deviation[:, None, None]
             for level, mean, deviation in zip(features, means, deviations, strict=True)

@@ -123,7 +123,7 @@ class FractalMemoryModel(nn.Module):
 
     def _smoothed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
-        distance, *others = [self.smooth(at_least_float32(channel)) for channel in maps.split(1, dim=1)]
+        distance, *others = [self.smooth(at_least_float32(channel)) for channel in torch.split(maps, 1, dim=1)]
         refined = others[0] if others else distance
         return self.score(distance).log1p(), refined.log1p()
 
