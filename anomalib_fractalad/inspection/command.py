@@ -217,9 +217,10 @@ def _watch(
 
     A file is complete if it stays as it is between two looks and can be read, or cannot for a time of grace.
     """
-    with suppress(ValueError):  # outside the main thread
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        stack.callback(signal.signal, signal.SIGTERM, before)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # outside the main thread
+            before = signal.signal(number, signal.default_int_handler)
+            stack.callback(signal.signal, number, signal.SIG_DFL if before is None else before)
     done: dict[Path, tuple[int, int]] = {}
     waiting: dict[Path, tuple[tuple[int, int], float]] = {}  # state, and when it was first seen
     last = time.monotonic()

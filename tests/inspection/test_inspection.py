@@ -3,7 +3,6 @@
 
 import csv
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +184,6 @@ def test_watching_takes_each_image_once_it_is_complete(folder: Path, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_watching_ends_with_a_signal(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    rows = watched(folder, Clock((5, lambda: os.kill(os.getpid(), number))), monkeypatch)
+    rows = watched(folder, Clock((5, lambda: signal.getsignal(number)(number, None))), monkeypatch)
     assert len(rows) == 4
     assert signal.getsignal(signal.SIGTERM) == before
