@@ -9,12 +9,18 @@ from anomalib_fractalad.registration import DATA_MODULES, MODELS, register_on_im
 if TYPE_CHECKING:
     from anomalib_fractalad.data import SurfaceDefects
     from anomalib_fractalad.models import AAND, ADPS, FractalAD
+    from anomalib_fractalad.post_processing import FalseAlarmThreshold
     from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 __version__ = "0.1.0"
-__all__ = ["AAND", "ADPS", "FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
+__all__ = ["AAND", "ADPS", "FalseAlarmThreshold", "FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
 
-_LAZY = {**MODELS, **DATA_MODULES, "FractalAnomalyGenerator": "anomalib_fractalad.transforms"}
+_LAZY = {
+    **MODELS,
+    **DATA_MODULES,
+    "FalseAlarmThreshold": "anomalib_fractalad.post_processing",
+    "FractalAnomalyGenerator": "anomalib_fractalad.transforms",
+}
 
 register_on_import()
 

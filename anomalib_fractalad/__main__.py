@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``anomalib-fractalad``, also ``python -m anomalib_fractalad``: builds, inspects, compares, and tells what is there."""
+"""``anomalib-fractalad``, or ``python -m anomalib_fractalad``: builds, inspects, compares, and tells what is there."""
 
 import argparse
 import json

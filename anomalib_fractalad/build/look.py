@@ -79,7 +79,7 @@ class Look:
         color = "gray" if self.is_gray else "color"
         lines = [
             f"{len(self.files)} images of {self.parts} parts ({self.grouping.how})",
-            f"{width} x {height} pixels{sizes}, {color}, mean level {low:.0f} to {high:.0f} of 255, median {middle:.0f}",
+            f"{width} x {height} pixels{sizes}, {color}, levels {low:.0f} to {high:.0f}, median {middle:.0f} of 255",
             "an object on a plain background" if self.kind == "object" else "a texture, or a part that fills the image",
         ]
         return lines + [f"note: {warning}" for warning in self.warnings]

@@ -4,110 +4,29 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 from anomalib.data import AnomalibDataModule
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
 
-from .candidates import BACKBONE, Candidate, candidates
+from .candidates import Candidate, candidates
 from .choose import Setting, choose
-from .files import fingerprint, image_files
+from .files import image_files
 from .look import Look, look
+from .request import WORK, Request
 from .split import Split, data_module, split, table
 from .state import Progress, State, duration, quiet
 from .training import train, trainer_length
 from .trials import Trial, make_trials
 
-Threshold = Literal["false-alarms", "f1"]
-
-WORK = "work"
 CHECKPOINT = "model.ckpt"
 _TRIALS = 120  # defects to choose by
 _SHOWN_TRIALS, _SHOWN_SOURCES = 60, 20  # defects in the report, and images that they are made in
 _LARGE = 1_000_000  # pixels of an image that is worth processes of their own to read
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to build.
-
-    Attributes:
-        good: Folder of good images.
-        output: Folder of the part, which is written.
-        bad: Folder of bad images, for the report; they never move the threshold, unless ``threshold`` is ``f1``.
-        minutes: Time to choose and train in, about.
-        false_alarms: Share of good images that may raise an alarm; left out, see :func:`~.split.split`.
-        roi: Mask of the region of interest.
-        group: Regular expression that finds the name of an image's part in its path.
-        seed: Seed of all random numbers.
-        threshold: ``false-alarms``, from good images alone, or ``f1``, best F1 score on good and bad images.
-        candidates: File of candidates in place of the package's.
-        backbone: Teacher of all candidates, a CNN of timm.
-        pre_trained: Whether the teacher has ImageNet weights.
-        weights: Local file of the teacher's weights.
-        accelerator: Where models train.
-        effort: Share of whole trainings to make, in place of what the time allows: the same share and seed give the
-            same model on a machine of another speed.
-        int8: Whether to make an INT8 model, too.
-    """
-
-    good: Path
-    output: Path
-    bad: Path | None = None
-    minutes: float = 30
-    false_alarms: float | None = None
-    roi: Path | None = None
-    group: str | None = None
-    seed: int = 0
-    threshold: Threshold = "false-alarms"
-    candidates: Path | None = None
-    backbone: str = BACKBONE
-    pre_trained: bool = True
-    weights: Path | None = None
-    accelerator: str = "auto"
-    effort: float | None = None
-    int8: bool = True
-
-    def check(self) -> None:
-        """Refuse what cannot be built, before any work.
-
-        Raises:
-            ValueError: The message names the option and the fix.
-        """
-        if not self.minutes > 0:
-            msg = f"--minutes is {self.minutes:g}; give a time above 0, such as 30"
-            raise ValueError(msg)
-        if self.effort is not None and not 0 < self.effort <= 1:
-            msg = f"--effort is {self.effort:g}; give a share above 0 and at most 1"
-            raise ValueError(msg)
-        if self.threshold not in get_args(Threshold):
-            msg = f"--threshold is {self.threshold!r}; give one of {', '.join(get_args(Threshold))}"
-            raise ValueError(msg)
-        if self.threshold == "f1" and self.bad is None:
-            msg = "--threshold f1 takes bad images: give their folder with --bad"
-            raise ValueError(msg)
-        for option, file in (("--roi", self.roi), ("--weights", self.weights), ("--candidates", self.candidates)):
-            if file is not None and not file.is_file():
-                msg = f"{option} {file} does not exist; give the path of a file"
-                raise ValueError(msg)
-        if self.output.exists() and not self.output.is_dir():
-            msg = f"--output {self.output} is a file; give a folder"
-            raise ValueError(msg)
-        if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / WORK / "state.json").exists():
-            msg = f"--output {self.output} holds files that are of no build; give a new folder"
-            raise ValueError(msg)
-
-    def plain(self) -> dict[str, Any]:
-        """What a second call must ask for again to go on, and the state of the images."""
-        values = {name: value for name, value in vars(self).items() if name != "output"}
-        folders = {"good images": self.good, "bad images": self.bad}
-        states = {name: fingerprint(image_files(folder)) for name, folder in folders.items() if folder is not None}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()} | states
 
 
 def build_part(
@@ -202,7 +121,7 @@ class _Build:
 
         check_roi(self._request.roi, list(found.sizes))
         mask = read_roi(self._request.roi)
-        return lambda size: resize(mask.reshape(1, *mask.shape[-2:]).float(), list(size))[0] > 0.5
+        return lambda size: resize(mask.unsqueeze(0).float(), list(size))[0] > 0.5
 
     def _common(self) -> dict[str, Any]:
         request = self._request

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from anomalib.data import Tabular
 
+from anomalib_fractalad.post_processing.false_alarms import images_needed
+
 from .look import Look
 
 DEFAULT_RATE = 0.01
@@ -38,15 +40,6 @@ class Split:
     warnings: tuple[str, ...] = ()
 
 
-def images_needed(false_alarms: float) -> int:
-    """Calibration images that a rate of false alarms takes.
-
-    Args:
-        false_alarms: Share of good images that may raise an alarm, above 0 and below 1.
-    """
-    return math.ceil(1 / false_alarms - 1e-9) - 1
-
-
 def split(found: Look, false_alarms: float | None = None, seed: int = 0) -> Split:
     """Deal out good images by part.
 
@@ -64,8 +57,8 @@ def split(found: Look, false_alarms: float | None = None, seed: int = 0) -> Spli
     count = len(found.files)
     if count < FEWEST:
         msg = (
-            f"{count} good images are too few; take at least {FEWEST}, and {2 * images_needed(DEFAULT_RATE)} to promise "
-            f"{DEFAULT_RATE:.0%} false alarms"
+            f"{count} good images are too few; take at least {FEWEST}, "
+            f"and {2 * images_needed(DEFAULT_RATE)} to promise {DEFAULT_RATE:.0%} false alarms"
         )
         raise ValueError(msg)
     rate, warnings = _rate(count, false_alarms)

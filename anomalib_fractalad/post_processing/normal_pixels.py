@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pixel threshold from normal images, for validation without masks."""
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -59,6 +61,23 @@ class NormalPixelThreshold(Metric):
             return torch.tensor(torch.nan), has_defects
         allowed = int(self.false_positive_rate * pixels)
         return _upper_edge(torch.searchsorted(below, pixels - allowed)), has_defects
+
+
+class GoodPixelThreshold(NormalPixelThreshold):
+    """The same by split conformal calibration: the ceil((m + 1)(1 - rate))-th smallest of m pixels, in its bin."""
+
+    def compute(self) -> tuple[Tensor, int]:  # type: ignore[override]
+        """Threshold and number of pixels, over all processes.
+
+        Returns:
+            The threshold, NaN where there are too few pixels for the rate, and the number of pixels.
+        """
+        below = self.counts.cpu().cumsum(0)
+        pixels = int(below[-1])
+        allowed = math.floor((pixels + 1) * self.false_positive_rate + 1e-9) - 1
+        if allowed < 0:
+            return torch.tensor(torch.nan), pixels
+        return _upper_edge(torch.searchsorted(below, pixels - allowed)), pixels
 
 
 def _bins(values: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ class OrderPreservingPostProcessor(PostProcessor):
         if self.enable_thresholding and outputs.anomaly_map is not None:
             if self._normal_pixels is None:
                 self._normal_pixels = NormalPixelThreshold(self.pixel_false_positive_rate).to(self.pixel_min.device)
-            self._normal_pixels.update(outputs.anomaly_map, outputs.gt_label, outputs.gt_mask)
+            maps = scored_pixels(pl_module, outputs.anomaly_map)
+            self._normal_pixels.update(maps, outputs.gt_label, outputs.gt_mask)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set thresholds and normalization."""
@@ -248,3 +249,17 @@ class OrderPreservingPostProcessor(PostProcessor):
         threshold = torch.where(threshold.isnan(), (norm_max + norm_min) / 2, threshold)
         has_range = ~norm_min.isnan() & ~norm_max.isnan()
         return torch.where(has_range, normalize(preds, norm_min, norm_max, threshold), preds)
+
+
+def scored_pixels(model: LightningModule | None, anomaly_map: Tensor) -> Tensor:
+    """Those pixels of maps that count: all, or with a region of interest those within it.
+
+    Args:
+        model: The model, which may have a region.
+        anomaly_map: (B, ...).
+
+    Returns:
+        (B, ...).
+    """
+    region = getattr(getattr(model, "model", None), "region", None)
+    return anomaly_map if region is None else region.pixels(anomaly_map)

@@ -125,11 +125,14 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         return (anomalous, masks) if image.ndim == 4 else (anomalous[0], masks[0])
 
     @torch.no_grad()
-    def augment(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def augment(self, image: Tensor, region: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Make anomalies, and give normal and anomalous images the same slight jitter, as the published training does.
 
         Args:
             image: As in :meth:`forward`.
+            region: Where anomalies may be, ``(B, 1, H, W)`` or ``(1, H, W)``, boolean: patches are taken from there
+                and pasted there, and nothing changes elsewhere, not even by the jitter. In object mode, it is the
+                object. An anomaly that misses it is left out. Left out, anomalies are made everywhere.
 
         Returns:
             Normal images, anomalous images and masks. Normal and anomalous images are equal outside the masks.
@@ -139,23 +142,29 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             ValueError: As :meth:`forward`.
         """
         images = checked_batch(image)
+        region = region if region is None or region.ndim == 4 else region[None]
         with _full_precision(images):
-            parameters = self.generate_parameters(images)
+            parameters = self.generate_parameters(images, region)
             anomalous, masks = self.apply(images, parameters)
+            if region is not None:
+                anomalous, masks = torch.where(region, anomalous, images), masks * region
             normal, anomalous = jitter_alike(images, anomalous, masks, parameters.jitter, parameters.order.tolist())
+            if region is not None:
+                normal, anomalous = torch.where(region, normal, images), torch.where(region, anomalous, images)
         return (normal, anomalous, masks) if image.ndim == 4 else (normal[0], anomalous[0], masks[0])
 
-    def generate_parameters(self, images: Tensor) -> FractalParameters:
+    def generate_parameters(self, images: Tensor, region: Tensor | None = None) -> FractalParameters:
         """Draw all random numbers for a batch.
 
         Args:
             images: Images ``(B, C, H, W)``. Their size and device count; in object mode their content, too.
+            region: Where the centers of patches are, ``(B, 1, H, W)``, boolean; left out, anywhere.
 
         Returns:
             The parameters, on the CPU but for the noise, which is on the images' device.
         """
         batch, channels, *size = images.shape
-        side, source, target = self._place(images)
+        side, source, target = self._place(images, region)
         color = torch.multinomial(torch.tensor(self.color_probabilities), batch, replacement=True)
         strength = torch.tensor([[self.slight_jitter] * 4, [self.strong_jitter] * 2 + [0.0] * 2, [0.0] * 4])
         stamps = torch.randint(2, (batch, 3, 3), dtype=torch.bool)
@@ -180,7 +189,7 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             noise=self.noise_amplitude * torch.randn(batch, 1, *size, device=images.device),
         )
 
-    def _place(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _place(self, images: Tensor, region: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Draw patch sides ``(B,)`` and corners ``(B, 2)`` of where patches come from and go to."""
         batch, _, *size = images.shape
         side = (_uniform(self.patch_size, batch) * min(size)).long().clamp(min=MIN_PATCH_SIZE)
@@ -188,11 +197,13 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         start = self.position_margin * torch.tensor(size)
         room = (1 - 2 * self.position_margin) * torch.tensor(size) - side[:, None]
         corners = (start + shares * room.clamp(min=0)).long()
-        if not self.object_mode:
+        if not self.object_mode and region is None:
             return side, *corners
-        masks = object_mask(images)
-        object_side = _uniform(self.object_patch_size, batch) * shorter_side(masks).cpu()
-        object_side = object_side.long().clamp(MIN_PATCH_SIZE, min(size))
+        masks = object_mask(images) if region is None else region
+        object_side = side
+        if self.object_mode:
+            object_side = (_uniform(self.object_patch_size, batch) * shorter_side(masks).cpu()).long()
+            object_side = object_side.clamp(MIN_PATCH_SIZE, min(size))
         centers, found = sample_centers(masks.squeeze(1), object_side, shares[..., 0])
         side = torch.where(found, object_side, side)
         corners = torch.where(found[:, None], centers - object_side[:, None] // 2, corners)

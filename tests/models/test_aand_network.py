@@ -16,7 +16,6 @@ from anomalib_fractalad.models.aand.amplification import (
     position_code,
     shrink_mask,
 )
-from anomalib_fractalad.models.aand.anomalies import anomalies_within
 from anomalib_fractalad.models.aand.loss import (
     AmplificationLoss,
     GateLoss,
@@ -26,7 +25,7 @@ from anomalib_fractalad.models.aand.loss import (
 from anomalib_fractalad.models.aand.stages import Stage, StagePlan
 from anomalib_fractalad.models.aand.student import ResNetStudent, SmallStudent
 from anomalib_fractalad.models.aand.torch_model import Alignment, distance_map
-from anomalib_fractalad.models.components import AlignedUpsample, GaussianSmoothing
+from anomalib_fractalad.models.components import AlignedUpsample, GaussianSmoothing, anomalies_within
 
 numbers = np.load(GOLDEN / "aand.npz")
 shapes = [(1, 8, 64, 64), (1, 12, 32, 32), (1, 16, 16, 16)]

@@ -24,12 +24,13 @@ from anomalib_fractalad.models.components import (
     GeneratorChoice,
     ImageScore,
     Reduction,
+    anomalies_within,
     check_count,
     check_positive,
+    record,
 )
 from anomalib_fractalad.transforms.foreground import object_mask
 
-from .anomalies import anomalies_within
 from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistillationLoss
 from .stages import Stage
 from .student import PUBLISHED_STRIDES
@@ -73,6 +74,8 @@ class AAND(StagedTraining, AnomalibModule):
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
             anomalib's benchmark. Left out, the trainer's max_epochs rules.
+        roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
+            outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
@@ -118,6 +121,7 @@ class AAND(StagedTraining, AnomalibModule):
         fine_embedding: bool = False,
         learning_rate: float = 0.005,
         epochs: int | None = None,
+        roi: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -131,6 +135,7 @@ class AAND(StagedTraining, AnomalibModule):
         # What a checkpoint records.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
         weights = None if weights is None else str(weights)
+        roi = None if roi is None else record(roi)  # which a checkpoint holds
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -154,6 +159,7 @@ class AAND(StagedTraining, AnomalibModule):
             amplifier_width=amplifier_width,
             fine_embedding=fine_embedding,
         )
+        self.set_roi(roi)
         self.gate_loss = GateLoss()
         self.amplification_loss = AmplificationLoss()
         self.distillation_loss = HardDistillationLoss() if hard_distillation else PlainDistillationLoss()
@@ -181,14 +187,16 @@ class AAND(StagedTraining, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        images = self.training_images(batch)
-        parts = self._amplify(images) if self.stage is Stage.AMPLIFICATION else self._distill(images)
+        images, inside = self.training_views(batch)
+        parts = self._amplify(images, inside) if self.stage is Stage.AMPLIFICATION else self._distill(images)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
         return loss + self.nothing_of_idle_weights()
 
-    def _amplify(self, images: Tensor) -> dict[str, Tensor]:
-        foreground = object_mask(images) if self.object_mode else torch.ones_like(images[:, :1], dtype=torch.bool)
+    def _amplify(self, images: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
+        foreground = torch.ones_like(images[:, :1], dtype=torch.bool) if inside is None else inside
+        if self.object_mode and inside is None:
+            foreground = object_mask(images)
         anomalous_images, mask = anomalies_within(foreground, images, self.generator)
         levels = self.model.compare(anomalous_images, mask, foreground)
         focal = [self.gate_loss(level.gate, level.mask) for level in levels]

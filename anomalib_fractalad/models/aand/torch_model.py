@@ -17,6 +17,7 @@ from anomalib_fractalad.models.components import (
     GaussianSmoothing,
     ImageScore,
     Reduction,
+    RegionOfInterest,
     TileByTile,
     check_count,
     cosine_distance,
@@ -52,6 +53,7 @@ class AANDModel(nn.Module):
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+        region: What of the images counts, where not all does.
 
     Raises:
         ValueError: If the backbone lacks a level, or ``strides``, ``score``, ``top_share``, ``alignment`` or
@@ -60,6 +62,7 @@ class AANDModel(nn.Module):
     """
 
     tiler: Tiler | None = None
+    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class AANDModel(nn.Module):
         fine_embedding: bool = False,
     ) -> None:
         super().__init__()
+        self.register_module("region", None)
         check_count(amplifier_width=amplifier_width)
         _check_strides(strides)
         if alignment not in get_args(Alignment):
@@ -100,8 +104,12 @@ class AANDModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x levels].
         """
+        if self.region is not None:
+            images = self.region.hide(images)
         anomaly_map = self.smooth(self.by_tiles(self.predict_map, images, self.tiler))
-        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+        if self.region is not None:
+            anomaly_map = self.region.lower(anomaly_map)
+        return InferenceBatch(pred_score=self.score(anomaly_map, self.region), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole, not yet smoothed.

@@ -20,9 +20,11 @@ from torch.optim import Adam
 from anomalib_fractalad.models.components import (
     AnomalyGenerator,
     GeneratorChoice,
+    anomalies_within,
     check_count,
     check_positive,
     gaussian_blur,
+    record,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import scheduled, step_decay
@@ -56,6 +58,8 @@ class ADPS(OneClassModule, AnomalibModule):
         learning_rate: Learning rate of Adam. It falls to a fifth after 80 % of the training, and again after 90 %.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
+        roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
+            outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
@@ -91,6 +95,7 @@ class ADPS(OneClassModule, AnomalibModule):
         anomaly_source_path: str | Path | None = None,
         learning_rate: float = 1e-4,
         epochs: int | None = None,
+        roi: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -103,6 +108,7 @@ class ADPS(OneClassModule, AnomalibModule):
         # What the checkpoint records: plain data, texture folder included.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
         weights = None if weights is None else str(weights)
+        roi = None if roi is None else record(roi)  # which a checkpoint holds
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -114,6 +120,7 @@ class ADPS(OneClassModule, AnomalibModule):
         self.segmentation_weight = segmentation_weight
         self.generator = generator
         self.model = ADPSModel(backbone, pre_trained, layers, patches, split_layers, smoothing, weights)
+        self.set_roi(roi)
         self.distillation_loss = AsymmetricDistillationLoss()
         self.segmentation_loss = FocalLoss()
 
@@ -164,7 +171,8 @@ class ADPS(OneClassModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        anomalous, mask = self.generator(self.training_images(batch))
+        images, inside = self.training_views(batch)
+        anomalous, mask = self.generator(images) if inside is None else anomalies_within(inside, images, self.generator)
         teacher, distances = self.model.compare(anomalous)
         distillation = self.distillation_loss(distances, mask)
         segmentation = self.segmentation_loss(self.model.segment(teacher, distances), mask)

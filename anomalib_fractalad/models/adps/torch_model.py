@@ -18,6 +18,7 @@ from anomalib_fractalad.models.components import (
     Backbone,
     FrozenTeacher,
     ImageScore,
+    RegionOfInterest,
     TileByTile,
     at_least_float32,
     check_count,
@@ -45,6 +46,7 @@ class ADPSModel(nn.Module):
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+        region: What of the images counts, where not all does.
 
     Raises:
         ValueError: If the backbone lacks a level, or an argument is out of range.
@@ -52,6 +54,7 @@ class ADPSModel(nn.Module):
     """
 
     tiler: Tiler | None = None
+    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class ADPSModel(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.register_module("region", None)
         check_count(patches=patches)
         check_positive(smoothing=smoothing)
         self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
@@ -82,8 +86,13 @@ class ADPSModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
+        if self.region is not None:
+            images = self.region.hide(images)
         anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
-        return InferenceBatch(pred_score=self.score(self.smooth(anomaly_map)), anomaly_map=anomaly_map)
+        if self.region is not None:
+            anomaly_map = self.region.lower(anomaly_map)
+        score = self.score(self.smooth(anomaly_map), self.region)
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def check_size(self, size: Sequence[int] | None) -> None:
         """Refuse images whose parts, tiles with a tiler and whole images without, cannot be divided into patches.

@@ -5,10 +5,12 @@ from .arguments import check_count, check_not_negative, check_positive, is_finit
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
+from .region import RegionOfInterest, record
 from .resampling import AlignedUpsample, Upsample
 from .score import ImageScore, Reduction
 from .smoothing import GaussianSmoothing, gaussian_blur
 from .tiling import TileByTile
+from .within import anomalies_within
 
 __all__ = [
     "AlignedUpsample",
@@ -19,8 +21,10 @@ __all__ = [
     "GeneratorChoice",
     "ImageScore",
     "Reduction",
+    "RegionOfInterest",
     "TileByTile",
     "Upsample",
+    "anomalies_within",
     "at_least_float32",
     "check_count",
     "check_not_negative",
@@ -29,4 +33,5 @@ __all__ = [
     "gaussian_blur",
     "is_finite",
     "is_whole",
+    "record",
 ]

@@ -23,11 +23,12 @@ from anomalib_fractalad.training.arguments import CheckpointArguments
 from anomalib_fractalad.training.callbacks import training_callbacks
 from anomalib_fractalad.training.mask_folders import check_mask_folders
 
+from .region_module import RegionModule
 from .tiled_module import TiledModule
 from .training_check import TrainingCheck
 
 
-class OneClassModule(TrainingCheck, TiledModule, CheckpointArguments, ExportModule):
+class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArguments, ExportModule):
     """A model that learns from normal images alone, in steps of an optimizer.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
@@ -99,4 +100,8 @@ class OneClassModule(TrainingCheck, TiledModule, CheckpointArguments, ExportModu
         """Predict maps and scores of a validation batch."""
         del args, kwargs
         predictions: InferenceBatch = self.model(batch.image)
-        return batch.update(**predictions._asdict())  # type: ignore[no-any-return]
+        return self.within_region(batch.update(**predictions._asdict()))
+
+    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Predict maps and scores of a test batch."""
+        return self.validation_step(batch, *args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from .arguments import is_finite
+from .region import RegionOfInterest
 
 Reduction = Literal["mean", "max", "top"]
 
@@ -35,19 +36,21 @@ class ImageScore(nn.Module):
         self.reduction = reduction
         self.top_share = top_share
 
-    def forward(self, anomaly_map: Tensor) -> Tensor:
+    def forward(self, anomaly_map: Tensor, region: RegionOfInterest | None = None) -> Tensor:
         """Reduce maps to scores.
 
         Args:
-            anomaly_map: (B, 1, H, W).
+            anomaly_map: (B, 1, H, W), values at least 0 where there is a region.
+            region: What counts of them, of the same size; left out, all does.
 
         Returns:
             (B,).
         """
-        pixels = anomaly_map.flatten(1)
+        pixels = (anomaly_map if region is None else region.lower(anomaly_map)).flatten(1)
+        size = pixels.shape[1] if region is None else region.pixel_count
         if self.reduction == "mean":
-            return pixels.mean(dim=1)
+            return pixels.mean(dim=1) if region is None else pixels.sum(dim=1) / size
         if self.reduction == "max":
             return pixels.amax(dim=1)
-        count = math.ceil(self.top_share * pixels.shape[1])
+        count = math.ceil(self.top_share * size)
         return pixels.topk(count, dim=1).values.mean(dim=1)

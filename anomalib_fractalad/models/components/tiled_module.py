@@ -3,6 +3,7 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils.tiler import Tiler
 from anomalib.models.components import AnomalibModule
@@ -35,8 +36,25 @@ class TiledModule(_Base):
         Returns:
             (B, 3, H, W), or (4B, 3, h, w) with a tiler, values in [0, 1].
         """
+        return self.training_views(batch)[0]
+
+    def training_views(self, batch: ImageBatch) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`training_images` gives, gray outside a region of interest, and where it is inside.
+
+        Args:
+            batch: As for :meth:`training_images`.
+
+        Returns:
+            The images, and (B, 1, H, W) or (4B, 1, h, w), true inside; nothing where there is no region.
+        """
         images = cast("Tensor", batch.image).clamp(0, 1)
-        return images if self._tiler is None else self._tiler.tile(images, use_random_tiling=True)
+        region = getattr(self.model, "region", None)
+        if region is not None:
+            images = region.hide(images)
+            images = torch.cat([images, region.inside.to(images.dtype).expand(len(images), -1, -1, -1)], dim=1)
+        if self._tiler is not None:
+            images = self._tiler.tile(images, use_random_tiling=True)
+        return (images, None) if region is None else (images[:, :-1].contiguous(), images[:, -1:] > 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the tiler's settings beside the weights."""

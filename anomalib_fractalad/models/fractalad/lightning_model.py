@@ -19,7 +19,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW
 
-from anomalib_fractalad.models.components import ImageScore, Reduction, check_count, check_not_negative, check_positive
+from anomalib_fractalad.models.components import (
+    ImageScore,
+    Reduction,
+    check_count,
+    check_not_negative,
+    check_positive,
+    record,
+)
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import cosine_decay, scheduled
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
@@ -53,6 +60,8 @@ class FractalAD(OneClassModule, AnomalibModule):
             so that a short training ends on a better or a worse step by chance.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
+        roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
+            outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
@@ -90,6 +99,7 @@ class FractalAD(OneClassModule, AnomalibModule):
         weight_decay: float | None = None,
         cosine_decay: bool = False,
         epochs: int | None = None,
+        roi: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -101,6 +111,7 @@ class FractalAD(OneClassModule, AnomalibModule):
             weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
         check_not_negative(weight_decay=weight_decay)
         weights = None if weights is None else str(weights)
+        roi = None if roi is None else record(roi)  # which a checkpoint holds
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -113,6 +124,7 @@ class FractalAD(OneClassModule, AnomalibModule):
         self.cosine_decay = cosine_decay
         self.generator = FractalAnomalyGenerator(object_mode=object_mode, position_margin=position_margin)
         self.model = FractalADModel(backbone, pre_trained, distillation, score, top_share, weights)
+        self.set_roi(roi)
         self.distillation_loss = DistillationLoss()
         self.segmentation_loss = SegmentationLoss()
 
@@ -128,7 +140,8 @@ class FractalAD(OneClassModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        normal, anomalous, mask = self.generator.augment(self.training_images(batch))
+        images, inside = self.training_views(batch)
+        normal, anomalous, mask = self.generator.augment(images, inside)
         losses = self.segmentation_loss(self.model.segment(anomalous), mask)
         if self.model.student is not None:
             losses["distillation"] = self.distillation_loss(self.model.teacher(normal), self.model.student(normal))

@@ -17,6 +17,7 @@ from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     Reduction,
+    RegionOfInterest,
     TileByTile,
     Upsample,
     cosine_distance,
@@ -42,6 +43,7 @@ class FractalADModel(nn.Module):
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+        region: What of the images counts, where not all does.
 
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
@@ -49,6 +51,7 @@ class FractalADModel(nn.Module):
     """
 
     tiler: Tiler | None = None
+    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class FractalADModel(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.register_module("region", None)
         self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
@@ -75,8 +79,12 @@ class FractalADModel(nn.Module):
         Returns:
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
         """
+        if self.region is not None:
+            images = self.region.hide(images)
         anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
-        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+        if self.region is not None:
+            anomaly_map = self.region.lower(anomaly_map)
+        return InferenceBatch(pred_score=self.score(anomaly_map, self.region), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anomalies for stage I of AAND."""
+"""Anomalies that stay within a part of the image."""
 
 import torch
 from torch import Tensor
 
-from anomalib_fractalad.models.components import AnomalyGenerator
+from .generator import AnomalyGenerator
 
 REDRAWS = 10
 
