@@ -71,7 +71,6 @@ def score_images(
         devices=1,
         default_root_dir=root,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
     )
     engine.predict(model, datamodule=data_module([], [Path(path) for path in known]), return_predictions=False)

@@ -67,8 +67,12 @@ def split(found: Look, false_alarms: float | None = None, seed: int = 0) -> Spli
     calibration: list[Path] = []
     held: list[Path] = []
     train: list[Path] = []
+    least_parts = images_needed(rate) if images_needed(rate) <= found.parts // 2 else 0
+    parts = 0
     for part in _shuffled_parts(found, seed):
-        place = calibration if len(calibration) < wanted else held if len(held) < held_wanted else train
+        calibrates = len(calibration) < wanted or parts < least_parts
+        parts += calibrates
+        place = calibration if calibrates else held if len(held) < held_wanted else train
         place.extend(part)
     if len(train) < _LEAST_TRAINING * count:
         msg = (
@@ -77,11 +81,10 @@ def split(found: Look, false_alarms: float | None = None, seed: int = 0) -> Spli
             "with --group which images belong together"
         )
         raise ValueError(msg)
-    parts = _parts_of(found, calibration)
     if parts < images_needed(rate):
         warnings.append(
-            f"The {len(calibration)} calibration images show {parts} parts. Images of one part are alike, so the "
-            f"promise of at most {rate:.2%} false alarms is weaker than for {images_needed(rate)} parts."
+            f"The {len(calibration)} calibration images show {parts} parts, and images of one part are alike: "
+            f"that at most {rate:.2%} of good images raise an alarm is sure of {images_needed(rate)} parts alone."
         )
     return Split(*(tuple(sorted(files)) for files in (train, held, calibration)), rate, tuple(warnings))
 
@@ -119,11 +122,6 @@ def _shuffled_parts(found: Look, seed: int) -> list[list[Path]]:
     by_side = [[part for part in shuffled if found.side[part[0]] == side] for side in (0, 1)]
     placed = [((place + 0.5) / len(side), part) for side in by_side for place, part in enumerate(side)]
     return [[found.files[index] for index in part] for _, part in sorted(placed, key=lambda entry: entry[0])]
-
-
-def _parts_of(found: Look, files: Sequence[Path]) -> int:
-    part_of = dict(zip(found.files, found.grouping.part_of, strict=True))
-    return len({part_of[file] for file in files})
 
 
 def data_module(

@@ -148,12 +148,11 @@ def seconds_per_step(model: AnomalibModule, data: AnomalibDataModule, folder: Pa
     """
     watch = _Stopwatch()
     engine = Engine(
-        callbacks=[watch],
+        callbacks=[watch, ModelCheckpoint(dirpath=folder, save_top_k=0)],
         accelerator=accelerator,
         devices=1,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
         limit_train_batches=2,
