@@ -169,7 +169,7 @@ def _build(given: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(given).items() if name != "command" and value is not None}
     try:
         build_part(**options)
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+    except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on, and {PROGRAM} status {given.output} tells how far it is")
         return 130
     return 0

@@ -11,7 +11,7 @@ from typing import Any, cast
 from lightning import seed_everything
 
 from .candidates import Candidate
-from .evaluation import as_plain, evaluate, gflop, is_tie
+from .evaluation import Outcome, as_plain, evaluate, gflop, is_tie
 from .split import data_module
 from .state import Progress, State
 from .training import seconds_per_step, train, trainer_length
@@ -137,6 +137,12 @@ def choose(candidates: Sequence[Candidate], setting: Setting, state: State, prog
     return table
 
 
+def _best_way(outcomes: Sequence[Outcome]) -> Outcome:
+    """The best way from maps to scores; the first one where it is level with it."""
+    best = max(outcomes, key=lambda outcome: outcome.quality)
+    return next(outcome for outcome in outcomes if outcome is best or is_tie(best.by_source, outcome.by_source))
+
+
 def _note(table: dict[str, Any], candidates: Sequence[Candidate], text: str) -> None:
     for candidate in candidates:
         table["rows"][candidate.name]["note"] = text
@@ -238,7 +244,7 @@ class _Choice:
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
-            best = max(outcomes, key=lambda outcome: outcome.quality)
+            best = _best_way(outcomes)
             row |= {"rung": number, "epochs": length["max_epochs"], "outcome": as_plain(best)}
             row["other_scores"] = {str(other.score): other.quality for other in outcomes if other is not best}
             row["trained_seconds"] = time.monotonic() - begin

@@ -2,6 +2,7 @@
 """Which images show the same part, by what they are called and by what they look like."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ Images = npt.NDArray[np.float32]
 _ALIKE = 0.85  # correlation of what sets two images apart from the others
 _HARDLY_DIFFERENT = 0.95
 _LARGEST = 0.1  # share of the images that a group of near-duplicates may have
-_PER_PART = 12  # images of one part on average, at most, for names to tell parts
+_PER_PART = 12  # images of one part, at most, for names to tell parts
 _CHUNK = 512
 _NAME_PARTS = re.compile(r"^(.+?)[ _.-]+\(?[^ _.-]+\)?$")
 _APART = 5.0  # Ashman's D of two kinds of images; an even spread has 3.5
@@ -90,8 +91,8 @@ def _by_name(names: Sequence[str]) -> tuple[Sequence[Hashable], str]:
     ]
     for how, key in ways:
         keys = [key(name) for name in names]
-        parts = len(set(keys))
-        if parts < len(names) and len(names) / parts <= _PER_PART and parts >= len(names) ** 0.5:
+        sizes = Counter(keys).values()
+        if 1 < max(sizes) <= _PER_PART and len(sizes) >= len(names) ** 0.5:
             return keys, how
     return names, ""
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a folder of good images to a part's folder: look, choose, train, export, report."""
 
+import contextlib
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ def build_part(
     Raises:
         ValueError: If something is wrong with the images or the options; the message says how to mend it.
         RuntimeError: If no candidate can be trained.
+        KeyboardInterrupt: If it is stopped; the same call goes on.
 
     Example:
         >>> from anomalib_fractalad.build import build_part
@@ -69,8 +73,22 @@ def build_part(
     state = State(work / "state.json")
     if state.begin(request.plain()):
         progress.line(f"going on with {request.output}")
-    with quiet(work / "build.log"):
+    with quiet(work / "build.log"), _interruptible():
         return _Build(request, state, progress).run()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning makes it the end of the process, and is deaf to it from then on."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 _PATHS = {"bad", "roi", "candidates", "weights"}

@@ -12,7 +12,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-_LOGGERS = ("anomalib", "anomalib_fractalad", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric", "timm", "nncf")
+_LOGGERS = (
+    "anomalib",
+    "anomalib_fractalad",
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning_fabric",
+    "timm",
+    "nncf",
+)
 _SHOW_SECONDS = 10.0  # between lines where there is no terminal
 _STAGES = 5
 
