@@ -6,24 +6,36 @@
 come out white there, and the errors for broken files do not name the file.
 """
 
-import os
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
-_Result = TypeVar("_Result")
+from anomalib_fractalad.inspection.reading import (
+    UnreadableImageError,
+    in_8_bits as _in_8_bits,
+    is_complete,
+    open_rgb,
+    opened as _open,
+)
 
-
-class UnreadableImageError(OSError):
-    """A file is no image, is broken, or holds values without a known meaning."""
+__all__ = [
+    "Overview",
+    "UnreadableImageError",
+    "check_image",
+    "has_control_characters",
+    "is_blank",
+    "open_rgb",
+    "overview",
+    "read_image",
+    "read_mask",
+]
 
 
 def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
@@ -60,21 +72,6 @@ def read_mask(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.nd
     """
     image = _open(path, lambda image: image.convert("L"))
     return Mask(to_image(image).squeeze(0) > 0, dtype=torch.uint8) if as_tensor else np.array(image)
-
-
-def open_rgb(path: str | Path) -> Image.Image:
-    """Open an image in RGB of 8 bits a channel.
-
-    Gray levels of 16 bits are divided by 256, as Pillow does with colors of 16 bits: 65535 becomes 255.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UnreadableImageError: If the file is no image, is truncated, holds more pixels than Pillow trusts, or has
-            gray levels of 32 bits that 0 to 255 do not hold; the message names file, problem and remedy.
-    """
-    return _open(path, lambda image: _in_8_bits(image).convert("RGB"))
 
 
 def check_image(path: str | Path, *, decode: bool = True) -> None:
@@ -144,66 +141,9 @@ def is_blank(path: str | Path) -> bool:
 def _decode(image: Image.Image, path: str | Path, *, whole: bool) -> None:
     if image.mode in {"I", "F"}:  # whether they can be read depends on the values
         _in_8_bits(image)
-    elif whole or not _is_complete(path, image.format):
+    elif whole or not is_complete(path, image.format):
         image.draft("RGB", (1, 1))  # a JPEG is decoded at an eighth of its size
         image.load()
-
-
-def _is_complete(path: str | Path, kind: str | None) -> bool:
-    end = _ENDS.get(kind or "")
-    if end is None:
-        return False
-    with Path(path).open("rb") as file:
-        file.seek(-min(len(end), file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return file.read() == end
-
-
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-def _open(path: str | Path, convert: Callable[[Image.Image], _Result]) -> _Result:
-    try:
-        with Image.open(path) as image:
-            return convert(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise nearly everything
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        msg = f"{path} {_problem(path, error)}"
-        raise UnreadableImageError(msg) from error
-
-
-def _problem(path: str | Path, error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"is too large ({error}). If it can be trusted, raise PIL.Image.MAX_IMAGE_PIXELS."
-    if isinstance(error, _UnknownScaleError):
-        return str(error)
-    if isinstance(error, UnidentifiedImageError):
-        what = "is empty (0 bytes)" if not Path(path).stat().st_size else "is no image of a known format"
-    elif "truncated" in str(error).lower():
-        what = f"is truncated ({error})"
-    else:
-        what = f"cannot be decoded ({type(error).__name__}: {error})"
-    return f"{what}. Replace the file, or take it out of the folder."
-
-
-class _UnknownScaleError(ValueError):
-    pass
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow scales PGM to 16
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in {"I", "F"}:
-        low, high = np.asarray(image).min(), np.asarray(image).max()
-        if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
-            msg = (
-                f"has gray levels of 32 bits from {low:g} to {high:g}; black is taken to be 0 and white 255, which "
-                "does not fit. Save it with 8 or 16 bits."
-            )
-            raise _UnknownScaleError(msg)
-    return image
 
 
 def has_control_characters(path: str | Path) -> bool:

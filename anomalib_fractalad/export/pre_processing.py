@@ -51,9 +51,9 @@ def exportable_transform(transform: Transform | None, input_size: Size | None = 
         return None
     steps, size = [], input_size
     with torch.random.fork_rng(devices=[]):
-        for step in _flatten(transform):
+        for step in steps_of(transform):
             _refuse_random(step)
-    for step in _flatten(transform):
+    for step in steps_of(transform):
         steps.append(_exportable_step(step, size))
         size = network_size(step, size)
     exportable = Compose(steps)
@@ -72,7 +72,7 @@ def resizes(transform: Transform | None) -> bool:
     Args:
         transform: A transform, or several in a ``Compose``.
     """
-    return transform is not None and any(isinstance(step, Resize) for step in _flatten(transform))
+    return transform is not None and any(isinstance(step, Resize) for step in steps_of(transform))
 
 
 def is_frozen(file: Path) -> bool:
@@ -88,10 +88,15 @@ def is_frozen(file: Path) -> bool:
     return not height or not width or height == width
 
 
-def _flatten(transform: Transform) -> Iterator[Transform]:
+def steps_of(transform: Transform) -> Iterator[Transform]:
+    """The single transforms of a transform, in their order.
+
+    Args:
+        transform: A transform, or several in a ``Compose``.
+    """
     if isinstance(transform, Compose):
         for step in transform.transforms:
-            yield from _flatten(step)
+            yield from steps_of(step)
     else:
         yield transform
 

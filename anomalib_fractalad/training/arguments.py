@@ -71,6 +71,7 @@ class CheckpointArguments(_Base):
         Raises:
             ValueError: If the checkpoint is of a network of another shape.
         """
+        self._take_post_processor(checkpoint)
         recorded = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY) or {})
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         changes = _Changes(type(self), dict(self.hparams), recorded, self.given_arguments, fitting=fitting)
@@ -95,6 +96,22 @@ class CheckpointArguments(_Base):
         dropped = [part for name, part in before.items() if part is not None and getattr(self, name) is None]
         trainer: Any = self.trainer
         trainer.callbacks = [call for call in trainer.callbacks if not any(call is part for part in dropped)]
+
+    def _take_post_processor(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take a threshold of false alarms over where no other post-processor was given: it is a promise."""
+        from anomalib_fractalad.post_processing import FalseAlarmThreshold  # noqa: PLC0415
+
+        config, ours = checkpoint.get(_CONFIGS["post_processor"]) or {}, self.post_processor
+        if "false_alarms" not in config or "post_processor" in self.given_arguments:
+            return
+        if ours is None or isinstance(ours, FalseAlarmThreshold):
+            return
+        self.post_processor = FalseAlarmThreshold().to(self.device)
+        self.post_processor.load_checkpoint_config(config)
+        if self._trainer is not None:
+            logger.warning("The checkpoint was trained with FalseAlarmThreshold, which counts here, too.")
+            trainer: Any = self.trainer
+            trainer.callbacks = [self.post_processor if call is ours else call for call in trainer.callbacks]
 
     @classmethod
     def load_from_checkpoint(
