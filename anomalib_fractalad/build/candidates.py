@@ -67,7 +67,7 @@ class Candidate:
             RuntimeError: If the pre-trained weights cannot be loaded.
         """
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(AnomalibModule, "model", required=True)
+        parser.add_argument("--model", type=AnomalibModule)
         try:
             parsed = parser.parse_object({"model": self.configuration(score, visualizer=False, **arguments)})
         except ArgumentError as error:

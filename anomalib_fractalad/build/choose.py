@@ -239,6 +239,7 @@ class _Choice:
                 scores=candidate.scores,
                 left_out=left_out,
                 batch_size=candidate.batch_size,
+                accelerator=setting.accelerator,
                 show=lambda text: self._progress.step(f"{label}, {text}"),
             )
         except Exception as error:

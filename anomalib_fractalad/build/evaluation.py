@@ -49,6 +49,7 @@ def evaluate(
     scores: Sequence[str] = (),
     left_out: Iterable[str] = (),
     batch_size: int = 8,
+    accelerator: str = "auto",
     show: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
     """Compare a model's raw maps and scores with what is known of trials.
@@ -59,6 +60,7 @@ def evaluate(
         scores: Ways from maps to scores; without any, the model's own.
         left_out: Kinds of defect that do not count.
         batch_size: Images in a batch.
+        accelerator: Where the model runs.
         show: Called with how far it is.
 
     Returns:
@@ -75,10 +77,10 @@ def evaluate(
     )
     data.test_augmentations = model.pre_processor.transform
     data.setup()
-    device = next(model.parameters()).device
+    device = device_of(accelerator)
     ways = {way: None if way is None else ImageScore(way) for way in (scores or (None,))}  # type: ignore[arg-type]
     found: list[tuple[Trial, float, list[float]]] = []
-    model.eval()
+    model.to(device).eval()
     for batch in data.test_dataloader():
         show(f"looking for defects in image {len(found) + 1} of {len(trials)}")
         result = model.model(batch.image.to(device))
@@ -91,7 +93,13 @@ def evaluate(
         for index, path in enumerate(batch.image_path):
             precision = _precision(maps[index], masks[index])
             found.append((by_file[path], precision, [float(way[index]) for way in values]))
+    model.cpu()
     return [_outcome(way, found, index, set(left_out)) for index, way in enumerate(ways)]
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Where a model runs outside a trainer, given Lightning's name of the trainer's accelerator."""
+    return torch.device("cuda" if accelerator in {"auto", "gpu", "cuda"} and torch.cuda.is_available() else "cpu")
 
 
 def _precision(anomaly_map: Tensor, mask: Tensor) -> float:

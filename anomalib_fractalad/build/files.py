@@ -3,21 +3,20 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+from anomalib_fractalad.inspection.reading import EXTENSIONS, find_images
+
 _CHUNK = 1 << 20
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Find the images of a folder and its sub-folders.
-
-    Hidden files and folders (``.DS_Store``, ``._part.png``) and files without an image's ending (``Thumbs.db``) are
-    passed over.
+def image_files(folder: Path, leave_out: Iterable[Path] = ()) -> list[Path]:
+    """Find the images of a folder and its sub-folders, as :func:`~anomalib_fractalad.inspection.find_images` does.
 
     Args:
         folder: The folder.
+        leave_out: Folders that are not searched.
 
     Returns:
         The files, sorted by name.
@@ -29,21 +28,11 @@ def image_files(folder: Path) -> list[Path]:
         what = "is a file" if folder.exists() else "does not exist"
         msg = f"{folder} {what}; give the folder that holds the images"
         raise ValueError(msg)
-    found = sorted(_walk(folder))
+    found = sorted(find_images([folder], leave_out))
     if not found:
         msg = f"{folder} holds no image ({', '.join(sorted(EXTENSIONS))}); give the folder that holds the images"
         raise ValueError(msg)
     return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry)
-        elif entry.suffix.lower() in EXTENSIONS and entry.is_file():
-            yield entry
 
 
 def same_contents(files: Iterable[Path]) -> list[list[Path]]:

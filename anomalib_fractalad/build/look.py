@@ -3,7 +3,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ class Look:
         }
 
 
-def look(folder: Path, group: str | None = None) -> Look:
+def look(folder: Path, group: str | None = None, leave_out: Iterable[Path] = ()) -> Look:
     """Look at a folder of good images and its sub-folders.
 
     Of a folder above 4 GB, an evenly spread part is decoded, and of the rest it is checked that files begin and end as
@@ -112,12 +112,13 @@ def look(folder: Path, group: str | None = None) -> Look:
         folder: The folder.
         group: Regular expression that finds the name of an image's part in its path below the folder: its first
             group, or all that it matches. Left out, parts are told by names and by near-duplicate images.
+        leave_out: Folders that are not searched.
 
     Raises:
         ValueError: If there is no image that can be read, or the expression is wrong or matches none.
     """
-    files = image_files(folder)
     pattern = _compiled(group)
+    files = image_files(folder, leave_out)
     duplicates = same_contents(files)
     repeated = {file for same in duplicates for file in same[1:]}
     seen, unreadable = _overviews([file for file in files if file not in repeated])

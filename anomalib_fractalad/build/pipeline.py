@@ -9,24 +9,27 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from anomalib.data import AnomalibDataModule
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
 
+from anomalib_fractalad.models.components.lightning_module import OneClassModule
+
 from .candidates import Candidate, candidates
 from .choose import Setting, choose
-from .files import image_files
 from .look import Look, look
+from .part import export_part
 from .request import WORK, Request
 from .split import Split, data_module, split, table
-from .state import Progress, State, duration, quiet
+from .state import Progress, State, duration, quiet, told
 from .training import train, trainer_length
 from .trials import Trial, make_trials
 
 CHECKPOINT = "model.ckpt"
+_CHECKED_BAD = 200  # bad images that exported networks are checked with, at most
 _TRIALS = 120  # defects to choose by
 _SHOWN_TRIALS, _SHOWN_SOURCES = 60, 20  # defects in the report, and images that they are made in
 _LARGE = 1_000_000  # pixels of an image that is worth processes of their own to read
@@ -105,13 +108,13 @@ class _Build:
         """Do all stages."""
         request, progress = self._request, self._progress
         progress.stage(f"looking at {request.good}")
-        found = look(request.good, request.group)
+        found = look(request.good, request.group, [request.output])
         dealt = split(found, request.false_alarms, request.seed)
         for line in [*found.summary(), *(f"note: {warning}" for warning in dealt.warnings)]:
             progress.line(f"      {line}")
         region = self._region(found)
         pool = candidates(found, self._common(), request.candidates)
-        bad = image_files(request.bad) if request.bad is not None else []
+        bad = request.files(request.bad) if request.bad is not None else []
         counts = (
             f"{len(dealt.train)} to train on, {len(dealt.held)} held out, {len(dealt.calibration)} to calibrate with"
         )
@@ -122,7 +125,7 @@ class _Build:
         progress.stage(f"training {chosen.name} on {len(dealt.train) + len(dealt.held)} images")
         model, data = self._trained(chosen, choice, found, dealt, bad)
         progress.stage("exporting")
-        info = self._exported(model, data, dealt, chosen)
+        info = self._exported(model, data, dealt, bad, chosen)
         progress.stage("writing the report")
         report = self._report(model, found, dealt, bad, choice, info, region)
         self._state.save(done=True, seconds=self._state.content.get("seconds", 0.0) + progress.elapsed)
@@ -246,16 +249,18 @@ class _Build:
         (request.output / "anomalib.yaml").write_text(text, encoding="utf-8")
 
     def _exported(
-        self, model: AnomalibModule, data: AnomalibDataModule, dealt: Split, chosen: Candidate
+        self, model: AnomalibModule, data: AnomalibDataModule, dealt: Split, bad: Sequence[Path], chosen: Candidate
     ) -> dict[str, Any]:
         if "export" in self._state.content:
             return self._state.content["export"]  # type: ignore[no-any-return]
-        from .part import export_part  # noqa: PLC0415
-
         extra = {"candidate": chosen.name, "seed": self._request.seed, "report": "report.html"}
-        info = export_part(model, data, self._request.output, dealt.calibration, int8=self._request.int8, extra=extra)
+        images = [*dealt.calibration, *bad[:: len(bad) // _CHECKED_BAD + 1]]
+        with told(self._progress, "anomalib_fractalad.build.part"):
+            info = export_part(
+                cast("OneClassModule", model), data, self._request.output, images, int8=self._request.int8, extra=extra
+            )
         self._state.save(export=info)
-        return info  # type: ignore[no-any-return]
+        return info
 
     def _report(
         self,
@@ -286,7 +291,6 @@ class _Build:
             bad,
             trials,
             accelerator=self._request.accelerator,
-            root=self._work / "engine",
             show=self._progress.step,
         )
         state = self._state.content

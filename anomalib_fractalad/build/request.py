@@ -83,9 +83,13 @@ class Request:
             msg = f"--output {self.output} holds files that are of no build; give a new folder"
             raise ValueError(msg)
 
+    def files(self, folder: Path) -> list[Path]:
+        """The images of a folder, but what this build writes."""
+        return image_files(folder, [self.output])
+
     def plain(self) -> dict[str, Any]:
         """What a second call must ask for again to go on, and the state of the images."""
         values = {name: value for name, value in vars(self).items() if name != "output"}
         folders = {"good images": self.good, "bad images": self.bad}
-        states = {name: fingerprint(image_files(folder)) for name, folder in folders.items() if folder is not None}
+        states = {name: fingerprint(self.files(folder)) for name, folder in folders.items() if folder is not None}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()} | states

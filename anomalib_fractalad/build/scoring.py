@@ -10,16 +10,14 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from anomalib.data import ImageBatch
-from anomalib.engine import Engine
+import torch
 from anomalib.models import AnomalibModule
-from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
 from anomalib_fractalad.image_files import open_rgb
 
+from .evaluation import device_of
 from .split import data_module
 from .trials import Trial
 
@@ -36,7 +34,6 @@ def score_images(
     trials: Sequence[Trial],
     *,
     accelerator: str = "auto",
-    root: Path = Path("results"),
     show: Callable[[str], object] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Score images with the finished model.
@@ -48,7 +45,6 @@ def score_images(
         bad: Bad images.
         trials: Calibration images with synthetic defects.
         accelerator: Where the model runs.
-        root: Folder for the engine's files.
         show: Called with how far it is.
 
     Returns:
@@ -64,17 +60,7 @@ def score_images(
         if trial.kind is not None:
             name = f"{trial.kind} at {trial.severity:.0%}, image {trial.source + 1}"
             known[str(Path(trial.file).resolve())] = {"group": "synthetic", "name": name}
-    collector = _Collector(known, show)
-    engine = Engine(
-        callbacks=[collector],
-        accelerator=accelerator,
-        devices=1,
-        default_root_dir=root,
-        logger=False,
-        enable_progress_bar=False,
-    )
-    engine.predict(model, datamodule=data_module([], [Path(path) for path in known]), return_predictions=False)
-    heats = collector.maps
+    heats = _score(model, known, accelerator, show)
     rows = list(known.values())
     for row in _selected(rows):
         show("drawing images")
@@ -83,24 +69,27 @@ def score_images(
     return [{name: value for name, value in row.items() if name != "path"} for row in rows]
 
 
-class _Collector(Callback):
-    """Keeps scores, and maps at a small size."""
-
-    def __init__(self, known: dict[str, dict[str, Any]], show: Callable[[str], object]) -> None:
-        self.maps: dict[str, npt.NDArray[np.uint8]] = {}
-        self._known, self._show = known, show
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: ImageBatch, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep what a batch gives."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
-        assert outputs.pred_score is not None  # noqa: S101
-        for index, path in enumerate(outputs.image_path or []):
-            self._known[path] |= {"path": path, "score": float(outputs.pred_score.flatten()[index])}
-            if outputs.anomaly_map is not None:
-                self.maps[path] = _levels(outputs.anomaly_map[index])
-        self._show(f"scoring image {len(self.maps)} of {len(self._known)}")
+@torch.inference_mode()
+def _score(
+    model: AnomalibModule, known: dict[str, dict[str, Any]], accelerator: str, show: Callable[[str], object]
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Give each row its path and score; maps at a small size, by path."""
+    data = data_module([], [Path(path) for path in known])
+    data.test_augmentations = model.pre_processor.transform
+    data.setup()
+    device = device_of(accelerator)
+    model.to(device).eval()
+    maps = {}
+    for batch in data.test_dataloader():
+        found = model(batch.image.to(device))
+        for path, score, anomaly_map in zip(
+            batch.image_path, found.pred_score.flatten(), found.anomaly_map, strict=True
+        ):
+            known[path] |= {"path": path, "score": float(score)}
+            maps[path] = _levels(anomaly_map)
+        show(f"scoring image {len(maps)} of {len(known)}")
+    model.cpu()
+    return maps
 
 
 def _levels(anomaly_map: Tensor) -> npt.NDArray[np.uint8]:

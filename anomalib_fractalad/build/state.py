@@ -163,3 +163,31 @@ def quiet(file: Path) -> Iterator[None]:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
         handler.close()
+
+
+@contextlib.contextmanager
+def told(progress: Progress, name: str) -> Iterator[None]:
+    """Tell what a logger says for a while.
+
+    Args:
+        progress: Tells people.
+        name: Name of the logger.
+    """
+    handler = _Told(progress)
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Told(logging.Handler):
+    """Passes on what is logged."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.line(f"      {record.getMessage()}")
