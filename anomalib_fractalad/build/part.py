@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_fractalad.export.int8 import calibration_images, quantize
 from anomalib_fractalad.export.openvino import decide_constant_choices, mark_as_own
 from anomalib_fractalad.export.pre_processing import steps_of
+from anomalib_fractalad.export.threshold import set_threshold
 from anomalib_fractalad.image_files import open_rgb, read_image
 from anomalib_fractalad.inspection import Inspector
 
@@ -40,7 +41,7 @@ READING = (
     "RGB of 8 bits; gray levels of 16 bits are divided by 256, alpha is dropped, palettes are resolved, and EXIF "
     "orientation is not applied; values are divided by 255"
 )
-TIE = 0.01  # how far from the threshold, in normalized scores, an image may come to lie that is the threshold itself
+MARGIN = 1e-6  # another processor may round otherwise
 PACKAGES = ("anomalib-fractalad", "anomalib", "torch", "openvino", "nncf", "numpy", "pillow")
 
 _Prediction = dict[str, Any]
@@ -59,7 +60,8 @@ def export_part(
 
     The folder gets ``model/`` with OpenVINO networks in FP32 and INT8 and an ONNX network, ``inspect.py`` and
     ``part.json``. Region of interest, thresholds and normalization are inside the networks. INT8 is used if it decides
-    about each image as torch does. An image whose score is the threshold itself may come out 0.01 above it.
+    about each image as torch does. Where a network puts the very image whose score is the threshold above it, its
+    threshold is raised to that image's score, so that no more good images raise an alarm than were promised.
 
     Args:
         model: A model of this package, trained and validated.
@@ -73,8 +75,8 @@ def export_part(
     Returns:
         The content of ``part.json``: ``network`` (the file to use), ``files``, ``image`` (height and width that the
         network sees, and how images are read), ``roi``, ``threshold``, ``false_alarms``, ``check`` (for each export the
-        largest difference of a score and of a map from torch's, both normalized, and the images that are decided
-        otherwise), ``int8``, ``versions`` and ``extra``.
+        largest difference of a score and of a map from torch's, both normalized, its threshold, and the images that
+        are decided otherwise), ``int8``, ``versions`` and ``extra``.
 
     Raises:
         ValueError: If the model has no thresholds, its pre-processor does more than resize to one size, or there are
@@ -94,7 +96,13 @@ def export_part(
     logger.info("Checking the exported networks on %d images", len(paths))
     part["check"] = check_exports(model, folder, list(files), paths)
     part["int8"] = _choose_int8(part["check"], wanted=int8)
-    part["network"] = FILES[INT8 if part["int8"]["taken"] else FP32]
+    chosen = INT8 if part["int8"]["taken"] else FP32
+    part["network"] = FILES[chosen]
+    for name in files:
+        checked = part["check"][name]
+        if checked is not None and checked["threshold"] > part["threshold"]["image"]:
+            set_threshold(folder / FILES[name], checked["threshold"])
+    part["threshold"]["image"] = part["check"][chosen]["threshold"]
     _write(folder, part)
     logger.info("%s holds the part: %s", folder, part["int8"]["reason"])
     return part
@@ -195,33 +203,56 @@ def check_exports(
         images: Image files.
 
     Returns:
-        ``images``, their number, and for each export ``score`` and ``map``, the largest differences, and
-        ``decisions_changed``, the images that are decided otherwise; nothing for ONNX without ONNX Runtime.
+        ``images``, their number, and for each export ``score`` and ``map``, the largest differences, ``threshold``,
+        and ``decisions_changed``, the images that are decided otherwise at that threshold; nothing for ONNX without
+        ONNX Runtime.
     """
     runs: dict[str, Callable[[Path], _Prediction]] = {
         name: _in_openvino(folder, name) for name in names if name in {FP32, INT8}
     }
     if find_spec("onnxruntime") is not None and ONNX in names:
         runs[ONNX] = _in_onnx_runtime(folder)
-    found: dict[str, Any] = {name: {"score": 0.0, "map": 0.0, "decisions_changed": []} for name in runs}
     threshold = float(model.post_processor.normalized_image_threshold)  # type: ignore[union-attr,operator,arg-type]
+    expected: list[_Prediction] = []
+    found: dict[str, _Comparison] = {name: _Comparison() for name in runs}
     with _evaluating(model):
         for path in images:
-            expected = _in_torch(model, path)
+            prediction = _in_torch(model, path)
+            expected.append({"path": str(path), "pred_score": prediction["pred_score"]})
             for name, run in runs.items():
-                _compare(found[name], expected, run(path), path, threshold)
-    return {"images": len(images), **{name: found.get(name) for name in names}}
+                found[name].add(prediction, run(path))
+    check = {name: comparison.result(expected, threshold) for name, comparison in found.items()}
+    return {"images": len(images), **{name: check.get(name) for name in names}}
 
 
-def _compare(
-    found: dict[str, Any], expected: _Prediction, prediction: _Prediction, path: Path, threshold: float
-) -> None:
-    ours, theirs = expected["pred_score"], prediction["pred_score"]
-    found["score"] = max(found["score"], abs(ours - theirs))
-    found["map"] = max(found["map"], float(np.abs(expected["anomaly_map"] - prediction["anomaly_map"]).max()))
-    is_tie = ours == threshold and abs(theirs - threshold) <= TIE
-    if expected["pred_label"] != prediction["pred_label"] and not is_tie:
-        found["decisions_changed"].append(str(path))
+class _Comparison:
+    """What a runtime makes of the images that torch has seen, too."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+        self.map_difference = 0.0
+
+    def add(self, expected: _Prediction, prediction: _Prediction) -> None:
+        self.scores.append(prediction["pred_score"])
+        difference = np.abs(expected["anomaly_map"] - prediction["anomaly_map"]).max()
+        self.map_difference = max(self.map_difference, float(difference))
+
+    def result(self, expected: Sequence[_Prediction], threshold: float) -> dict[str, Any]:
+        """Compare decisions, at a threshold that is not below the scores of those images that are torch's threshold.
+
+        Conformal calibration makes the score of an image the threshold. Rounding may bring it out just above, and it
+        would raise an alarm that the promise does not allow for.
+        """
+        pairs = list(zip(expected, self.scores, strict=True))
+        ties = [score + MARGIN for ours, score in pairs if ours["pred_score"] == threshold < score]
+        own = max([threshold, *ties])
+        changed = [ours["path"] for ours, score in pairs if (ours["pred_score"] > threshold) != (score > own)]
+        return {
+            "score": max(abs(ours["pred_score"] - score) for ours, score in pairs),
+            "map": self.map_difference,
+            "threshold": own,
+            "decisions_changed": changed,
+        }
 
 
 @contextmanager
