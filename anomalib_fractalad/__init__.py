@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FractalAD, ADPS and AAND as anomalib models."""
+"""FractalAD, ADPS, AAND and FractalMemory as anomalib models."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,12 +8,20 @@ from anomalib_fractalad.registration import DATA_MODULES, MODELS, register_on_im
 
 if TYPE_CHECKING:
     from anomalib_fractalad.data import SurfaceDefects
-    from anomalib_fractalad.models import AAND, ADPS, FractalAD
+    from anomalib_fractalad.models import AAND, ADPS, FractalAD, FractalMemory
     from anomalib_fractalad.post_processing import FalseAlarmThreshold
     from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 __version__ = "0.1.0"
-__all__ = ["AAND", "ADPS", "FalseAlarmThreshold", "FractalAD", "FractalAnomalyGenerator", "SurfaceDefects"]
+__all__ = [
+    "AAND",
+    "ADPS",
+    "FalseAlarmThreshold",
+    "FractalAD",
+    "FractalAnomalyGenerator",
+    "FractalMemory",
+    "SurfaceDefects",
+]
 
 _LAZY = {
     **MODELS,

@@ -21,6 +21,7 @@ MODELS = {
     "AAND": "anomalib_fractalad.models.aand",
     "ADPS": "anomalib_fractalad.models.adps",
     "FractalAD": "anomalib_fractalad.models.fractalad",
+    "FractalMemory": "anomalib_fractalad.models.fractalmemory",
 }
 
 

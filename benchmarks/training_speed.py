@@ -53,7 +53,8 @@ def training_speed(
         backbone: Name of a timm model, with random weights.
         batch_size: Number of images in a batch.
         image_size: Height and width of the images in pixels.
-        steps: Number of timed steps, after two that are not timed. AAND takes as many in each of its stages.
+        steps: Number of timed steps, after two that are not timed. AAND takes as many in each of its stages,
+            FractalMemory one in its first and all others in its second.
         device: Device to train on: cpu or cuda.
         threads: Number of CPU threads.
         precision: Precision of Lightning's trainer, such as 32-true or bf16-mixed.
@@ -141,8 +142,8 @@ def _time_model(
     if isinstance(model, FractalAD):
         timer.watch(model.generator, "augment")
     else:
-        timer.watch(model.generator._generator, "forward")  # noqa: SLF001
-    stages = 2 if name == "AAND" else 1
+        timer.watch(getattr(model.generator, "_generator", model.generator), "forward")
+    stages = 2 if name in {"AAND", "FractalMemory"} else 1
     _fit(model, images, stages * (steps + WARM_UP), device, precision, timer)
     medians = timer.medians()
     results = {f"{what}_s": value for what, value in medians.items()}

@@ -100,7 +100,7 @@ def small_engine(root: Path, **arguments: Any) -> Engine:
 
 
 def small_model(name: str, **arguments: Any) -> Any:
-    extra = {"patches": 2} if name == "ADPS" else {}
+    extra = {"ADPS": {"patches": 2}, "FractalMemory": {"head": True}}.get(name, {})
     kind = getattr(anomalib_fractalad, name)
     size = {"pre_processor": kind.configure_pre_processor((64, 64))}
     return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **{**extra, **size, **arguments})

@@ -17,7 +17,7 @@ from conftest import assert_same_weights, save, tile_arguments
 from docstring_parser import parse
 
 import anomalib_fractalad
-from anomalib_fractalad import AAND, ADPS, FractalAD
+from anomalib_fractalad import AAND, ADPS, FractalAD, FractalMemory
 from anomalib_fractalad.__main__ import config_files, main
 from anomalib_fractalad.registration import MODELS
 
@@ -159,7 +159,9 @@ def test_the_command_in_each_config_file(config: Path, tmp_path: Path, monkeypat
         *(*SMALL, "--default_root_dir", tmp_path, "--data.init_args.root", tmp_path / "data"),
         run=False,
     )
-    expected = {"aand": AAND, "adps": ADPS}.get(config.stem.partition("_")[0], FractalAD)
+    expected = {"aand": AAND, "adps": ADPS, "fractalmemory": FractalMemory}.get(
+        config.stem.partition("_")[0], FractalAD
+    )
     assert type(program.model) is expected
     assert Path(program.datamodule.root) == tmp_path / "data"
 

@@ -65,7 +65,7 @@ def anomalibs_own() -> ModuleType:
 
 def model_of(name: str) -> Any:
     kind = getattr(anomalib_fractalad, name)
-    extra = {"patches": 2} if name == "ADPS" else {}
+    extra = {"ADPS": {"patches": 2}, "FractalMemory": {"head": True}}.get(name, {})
     size = kind.configure_pre_processor((SIZE, SIZE))
     return kind(backbone="test_resnet", pre_trained=False, visualizer=False, pre_processor=size, **extra)
 

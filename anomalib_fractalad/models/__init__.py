@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from anomalib_fractalad.models.aand import AAND, AANDModel
     from anomalib_fractalad.models.adps import ADPS, ADPSModel
     from anomalib_fractalad.models.fractalad import FractalAD, FractalADModel
+    from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemoryModel
 
-__all__ = ["AAND", "ADPS", "AANDModel", "ADPSModel", "FractalAD", "FractalADModel"]
+__all__ = [
+    "AAND",
+    "ADPS",
+    "AANDModel",
+    "ADPSModel",
+    "FractalAD",
+    "FractalADModel",
+    "FractalMemory",
+    "FractalMemoryModel",
+]
 
 
 def __getattr__(name: str) -> Any:

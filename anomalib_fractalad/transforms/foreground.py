@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 
@@ -97,3 +97,24 @@ def sample_centers(masks: Tensor, side: Tensor, shares: Tensor) -> tuple[Tensor,
     wanted = (shares.T.to(masks.device) * count).long().clamp(max=count - 1) + 1
     pixel = torch.searchsorted(cumulative, wanted.contiguous()).clamp(max=height * width - 1).T.cpu()
     return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1).cpu()
+
+
+def foreground_mask(images: Tensor, spread: float = 0.06, reach: int = 9) -> Tensor:
+    """Tell what stands out from a plain border; where the border is not plain, everything is foreground.
+
+    Args:
+        images: Images ``(B, C, H, W)``, values in [0, 1].
+        spread: Largest mean absolute deviation, from its median, of a border that counts as plain.
+        reach: Odd number of pixels; the foreground is dilated by squares of this side.
+
+    Returns:
+        Boolean masks ``(B, 1, H, W)``; never empty.
+    """
+    border = torch.cat([images[..., :4, :], images[..., -4:, :], images[..., :4].mT, images[..., -4:].mT], dim=-1)
+    level = border.flatten(2).median(dim=2).values[..., None, None]
+    deviation = (border - level).abs().mean(dim=(1, 2, 3))[:, None, None, None]
+    distance = (images - level).abs().mean(dim=1, keepdim=True)
+    mask = (distance > 2 * deviation + spread).to(images.dtype)
+    mask = max_pool2d(mask, reach, stride=1, padding=reach // 2) > 0
+    everything = (deviation > spread) | (mask.float().mean(dim=(1, 2, 3), keepdim=True) < 0.02)
+    return mask | everything

@@ -107,8 +107,14 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"arguments": {"Aand": {}}}, "arguments are for Aand; timed are AAND, ADPS, FractalAD, Draem, Patchcore"),
-        ({"sizes": {"Aand": 64}}, "sizes are for Aand; timed are AAND, ADPS, FractalAD, Draem, Patchcore"),
+        (
+            {"arguments": {"Aand": {}}},
+            "arguments are for Aand; timed are AAND, ADPS, FractalAD, FractalMemory, Draem, Patchcore",
+        ),
+        (
+            {"sizes": {"Aand": 64}},
+            "sizes are for Aand; timed are AAND, ADPS, FractalAD, FractalMemory, Draem, Patchcore",
+        ),
         ({"sizes": {"AAND": 0}}, "AAND is 0; it must be above 0"),
         ({"memory_items": 0}, "memory_items is 0; it must be above 0"),
         ({"runtimes": ()}, "runtimes is empty; it must be of torch, "),

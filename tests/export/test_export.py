@@ -53,6 +53,7 @@ DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95,
 EXTRA: dict[str, dict[str, Any]] = {
     "ADPS": {"patches": 2, "split_layers": [4], "smoothing": 2.0, "learning_rate": 1e-3},
     "FractalAD": {"score": "top"},
+    "FractalMemory": {"head": True, "memory_size": 300, "reservoir_size": 2000},
 }
 
 # Every exporter in turn; the slow part of three of them, the same each time, is done once.
@@ -220,13 +221,13 @@ def test_images_score_the_same_everywhere(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_in_training_mode_after_an_export(name: str, tiles: Folder, tmp_path: Path) -> None:
-    extra = {"patches": 2} if name == "ADPS" else {}
+    extra = {"ADPS": {"patches": 2}, "FractalMemory": {"head": True}}.get(name, {})
     model = getattr(anomalib_fractalad, name)(backbone="test_resnet", pre_trained=False, visualizer=False, **extra)
     model.eval()  # as an export to ONNX leaves it
     means = {key: mean.clone() for key, mean in model.model.named_buffers() if key.endswith("running_mean")}
     small_engine(tmp_path, max_epochs=2).fit(model, datamodule=tiles)
     moved = {key.partition(".")[0] for key, mean in means.items() if not torch.equal(model.model.get_buffer(key), mean)}
-    assert "student" in moved
+    assert {"student", "head"} & moved
     assert "teacher" not in moved
 
 
@@ -234,6 +235,7 @@ FIXED = {
     "FractalAD": {"backbone": "test_resnet", "distillation": False},
     "ADPS": {"backbone": "test_resnet", "patches": 2, "split_layers": [4]},
     "AAND": {"backbone": "resnet18"},
+    "FractalMemory": {"backbone": "test_resnet"},
 }
 
 

@@ -24,6 +24,7 @@ LESSONS: dict[str, dict[str, Any]] = {
     "FractalAD": {"epochs": 25, "learning_rate": 3e-3},
     "ADPS": {"epochs": 40, "learning_rate": 3e-3, "anomaly_generator": ANOMALIES},
     "AAND": {"epochs": 60, "split": (1, 1), "anomaly_generator": ANOMALIES},
+    "FractalMemory": {"epochs": 15},
 }
 EARLY, LATE = 2, 6  # steps that are recorded; of AAND, one of each stage
 FIRST_STEPS = {"FractalAD": 3, "ADPS": 3, "AAND": 8}

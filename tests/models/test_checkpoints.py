@@ -27,11 +27,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "FractalAD": {"score": "top", "top_share": 0.1},
     "ADPS": {"smoothing": 2.0, "patches": 1},
     "AAND": {"score": "top", "top_share": 0.1, "alignment": "centers"},
+    "FractalMemory": {"top_share": 0.1, "sigma": 2},
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "FractalAD": {"learning_rate": 0.01, "cosine_decay": True, "object_mode": True, "position_margin": 0.0},
     "ADPS": {"learning_rate": 0.01, "segmentation_weight": 2.0, "anomaly_generator": "FractalAnomalyGenerator"},
     "AAND": {"learning_rate": 0.01, "split": (1, 2), "hard_distillation": False, "object_mode": True},
+    "FractalMemory": {"learning_rate": 0.01, "reservoir_size": 3000, "part_pattern": r"\d+"},
 }
 
 
@@ -114,7 +116,8 @@ def plain_model(name: str, **arguments: Any) -> Any:
     """A model that is given no more than a network of the right shape."""
     kind = getattr(anomalib_fractalad, name)
     size = kind.configure_pre_processor((64, 64))
-    return kind(**{"backbone": "test_resnet", "pre_trained": False, "pre_processor": size, **arguments})
+    extra = {"head": True} if name == "FractalMemory" else {}
+    return kind(**{"backbone": "test_resnet", "pre_trained": False, "pre_processor": size, **extra, **arguments})
 
 
 def scores(model: Any, file: Path, data: Path, root: Path) -> torch.Tensor:

@@ -136,6 +136,18 @@ def test_the_first_stage_of_aand_finds_anomalies_and_moves_them_away(lessons: Ca
             assert found > 0.65 if finds else found < 0.65
 
 
+@torch.no_grad()
+def test_the_head_of_fractalmemory_tells_anomalies(lessons: Callable[[str], Lesson]) -> None:
+    _, anomalous, mask = held_out()
+    lesson = lessons("FractalMemory")
+    network = lesson.model.model
+    residual, distance = network.compare(network.teacher(anomalous))
+    where = covered(mask, distance) > 0.3
+    for head, tells in ((lesson.start.head, False), (network.head, True)):
+        logit = F.avg_pool2d(head.eval()(residual, distance), 2)
+        assert (binary_auroc(logit.flatten().sigmoid(), where.int().flatten()) > 0.75) == tells
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_teacher_stays_as_it_was(name: str, lessons: Callable[[str], Lesson]) -> None:
     lesson = lessons(name)

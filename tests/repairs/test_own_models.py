@@ -34,7 +34,7 @@ def test_mvtec_loco_trains_with_pandas_3(tmp_path: Path) -> None:
 def test_the_status_names_models_data_and_every_repair(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     told = capsys.readouterr().out
-    assert "models: AAND, ADPS, FractalAD" in told
+    assert "models: AAND, ADPS, FractalAD, FractalMemory" in told
     assert "data: SurfaceDefects" in told
     assert all(f"  {repair.name}: for this package's models\n    {repair.defect}" in told for repair in REPAIRS)
 

@@ -47,9 +47,13 @@ class TrainingCheck(_Base):
         super().before_export(input_size)
         self._warn_if_untrained("exported")
 
+    def is_untrained(self) -> bool:
+        """Whether the network never took a training step."""
+        return is_untrained(self.model)
+
     @rank_zero_only
     def _warn_if_untrained(self, use: str) -> None:
-        if is_untrained(self.model):
+        if self.is_untrained():
             why = self.untrained_because
             logger.warning("%s is %s, but its maps and scores mean nothing: %s.", self.name, use, why)
 

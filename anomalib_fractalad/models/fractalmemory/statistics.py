@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments and samples of normal features, bounded however many there are, and what is made of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from .memory import Descriptor, FeatureMemory, average
+
+REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
+PROJECTION = 64  # dimensions that distances between candidates are measured in
+
+
+class Moments(nn.Module):
+    """Running means and covariances, exact whatever the batches.
+
+    Standardizing needs the mean of each channel, which is known only at the end. So averages are gathered of features
+    as they are, and of ones, which tell how much of each 3x3 window lies within the image.
+
+    Args:
+        channels: Channels of each level.
+
+    Attributes:
+        count: Places at each level, (S,).
+        total: Sum of each channel, (C,).
+        squares: Sum of the squares of each channel, (C,).
+        places: Number of averages, ().
+        sum: Sum of the averages of all channels and of the ones of each level, (C + S,).
+        products: Sum of their products, (C + S, C + S).
+    """
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    places: Tensor
+    sum: Tensor
+    products: Tensor
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = list(channels)
+        levels, length = len(channels), sum(channels)
+        for name, shape in {
+            "count": (levels,),
+            "total": (length,),
+            "squares": (length,),
+            "places": (),
+            "sum": (length + levels,),
+            "products": (length + levels, length + levels),
+        }.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+
+    def update(self, features: Sequence[Tensor], averages: Tensor) -> None:
+        """Take in normal features.
+
+        Args:
+            features: (B, C_i, H_i, W_i) for each level.
+            averages: What :func:`extended_average` makes of them.
+        """
+        self.count += torch.tensor([level[:, 0].numel() for level in features], device=self.count.device)
+        self.total += torch.cat([level.double().sum(dim=(0, 2, 3)) for level in features])
+        self.squares += torch.cat([level.double().square().sum(dim=(0, 2, 3)) for level in features])
+        rows = averages.movedim(1, -1).flatten(0, 2).double()
+        self.places += len(rows)
+        self.sum += rows.sum(dim=0)
+        self.products += rows.mT @ rows
+
+    def fit(self, descriptor: Descriptor) -> Tensor:
+        """Set a descriptor's standardization and whitening.
+
+        Args:
+            descriptor: Where the results are stored.
+
+        Returns:
+            (C, C + S + 1), the affine map from extended averages and a 1 to whitened descriptors.
+        """
+        count = self.count.repeat_interleave(torch.tensor(self.channels, device=self.count.device))
+        mean = self.total / count
+        # Channels that a ReLU has silenced everywhere stay as they are.
+        deviation = (self.squares / count - mean.square()).clamp(min=0).sqrt()
+        deviation = torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1)
+        level = torch.arange(len(self.channels), device=mean.device)
+        own = level.repeat_interleave(torch.tensor(self.channels, device=mean.device)).unsqueeze(1) == level
+        standardize = torch.cat([torch.diag(1 / deviation), -(mean / deviation)[:, None] * own], dim=1)
+        center = self.sum / self.places
+        covariance = self.products / self.places - torch.outer(center, center)
+        covariance = standardize @ covariance @ standardize.mT
+        identity = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        factor = torch.linalg.cholesky(covariance + REGULARIZATION * identity)
+        whiten = torch.linalg.solve_triangular(factor, identity, upper=False)
+        shift = -whiten @ standardize @ center
+        for buffer, value in (
+            (descriptor.mean, mean),
+            (descriptor.deviation, deviation),
+            (descriptor.whiten, whiten),
+            (descriptor.shift, shift),
+        ):
+            buffer.copy_(value)
+        return torch.cat([whiten @ standardize, shift[:, None]], dim=1).float()
+
+
+class Reservoir(nn.Module):
+    """A uniform sample of all places, of constant size (reservoir sampling: Vitter, 1985, algorithm R).
+
+    Args:
+        size: Number of places.
+        channels: Channels of a place.
+
+    Attributes:
+        values: (N, C).
+        owners: Number of the owner of each place, (N,).
+        seen: Number of places that were offered, ().
+    """
+
+    values: Tensor
+    owners: Tensor
+    seen: Tensor
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(size, channels))
+        self.register_buffer("owners", torch.full((size,), -1))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def offer(self, averages: Tensor, owner: Tensor) -> None:
+        """Offer all places of a batch.
+
+        Args:
+            averages: (B, C, H, W).
+            owner: Numbers of the images' owners, (B,).
+        """
+        rows = averages.movedim(1, -1).flatten(0, 2)
+        owners = owner.repeat_interleave(len(rows) // len(owner))
+        number = int(self.seen) + torch.arange(len(rows))
+        # The place of this number stays with probability size / (number + 1), in a slot at random.
+        slot = (torch.rand(len(rows), dtype=torch.float64) * (number + 1)).long()
+        slot = torch.where(number < len(self.values), number, slot)
+        kept = (slot < len(self.values)).nonzero().squeeze(1)
+        last = {int(slot[i]): int(i) for i in kept}  # of several for one slot, the last stays
+        if last:
+            slots = torch.tensor(list(last), device=self.values.device)
+            chosen = torch.tensor(list(last.values()), device=self.values.device)
+            self.values[slots] = rows[chosen].to(self.values.dtype)
+            self.owners[slots] = owners[chosen]
+        self.seen += len(rows)
+
+    @property
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Values and owners that there are."""
+        count = min(int(self.seen), len(self.values))
+        return self.values[:count], self.owners[:count]
+
+
+def extended_average(features: Sequence[Tensor]) -> Tensor:
+    """Averages of features, and of ones at each level.
+
+    Args:
+        features: (B, C_i, H_i, W_i) for the levels of strides 4, 8 and 16.
+
+    Returns:
+        (B, C + S, H_1, W_1), the ones behind all channels.
+    """
+    ones = average([torch.ones_like(level[:1, :1]) for level in features])
+    averages = average(features)
+    return torch.cat([averages, ones.expand(len(averages), -1, -1, -1)], dim=1)
+
+
+def fill_memory(
+    memory: FeatureMemory, descriptor: Descriptor, moments: Moments, values: Tensor, owners: Tensor
+) -> None:
+    """Set a descriptor, and fill a memory with the candidates that lie farthest from each other.
+
+    Args:
+        memory: The memory.
+        descriptor: The descriptor.
+        moments: What the descriptor is made of.
+        values: Extended averages of the candidates, (n, C + S).
+        owners: Numbers of their owners, (n,).
+    """
+    affine = moments.fit(descriptor)
+    candidates = F.linear(values, affine[:, :-1], affine[:, -1])
+    chosen = farthest_points(candidates, min(len(memory.items), len(candidates)))
+    memory.fill(candidates[chosen], owners[chosen])
+
+
+def farthest_points(points: Tensor, count: int) -> Tensor:
+    """Choose points, each farthest from all those before; the first is the one farthest from the mean.
+
+    Distances are measured in a random projection (Johnson and Lindenstrauss), the same at every call.
+
+    Args:
+        points: (n, C).
+        count: Number of points to choose, at most n.
+
+    Returns:
+        Indices of the chosen points, (count,).
+    """
+    generator = torch.Generator().manual_seed(0)
+    if points.shape[1] > PROJECTION:
+        projection = torch.randn(points.shape[1], PROJECTION, generator=generator) / PROJECTION**0.5
+        points = points @ projection.to(points)
+    points = points.contiguous()
+    nearest = (points - points.mean(dim=0)).square().sum(dim=1)
+    squares = points.square().sum(dim=1)
+    chosen = torch.empty(count, dtype=torch.int64, device=points.device)
+    for i in range(count):
+        latest = nearest.argmax()
+        chosen[i] = latest
+        distance = torch.addmv(squares + squares[latest], points, points[latest], alpha=-2)
+        distance[latest] = -1  # never again, whatever rounding says
+        nearest = distance if i == 0 else torch.minimum(nearest, distance)
+    return chosen

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of FractalMemory: frozen teacher, whitened descriptors, memory, and a head on the residual."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.data.utils.tiler import Tiler
+from torch import Tensor, nn
+
+from anomalib_fractalad.models.components import (
+    FrozenTeacher,
+    ImageScore,
+    Reduction,
+    TileByTile,
+    Upsample,
+    at_least_float32,
+    check_count,
+)
+from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
+
+from .head import BoundedGate, ResidualHead
+from .memory import Descriptor, FeatureMemory
+
+STRIDES = (4, 8, 16)
+
+
+class FractalMemoryModel(nn.Module):
+    """Distance to the nearest normal feature, and a segmentation of the difference from it.
+
+    Args:
+        backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
+        pre_trained: Load ImageNet weights into the teacher.
+        memory_size: Number of normal descriptors that the memory holds.
+        head: Whether there is a head.
+        width: Channels of the head.
+        sigma: Standard deviation in pixels of the smoothing of maps.
+        score: Image score from the anomaly map: ``top`` (mean of the highest pixels), ``mean`` or ``max``.
+        top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
+        weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
+
+    Attributes:
+        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+
+    Raises:
+        ValueError: If the backbone lacks a level, or another argument is out of range.
+        RuntimeError: If the pre-trained weights cannot be loaded.
+    """
+
+    tiler: Tiler | None = None
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite0",
+        pre_trained: bool = True,
+        memory_size: int = 2000,
+        head: bool = False,
+        width: int = 64,
+        sigma: int = 4,
+        score: Reduction = "top",
+        top_share: float = 0.005,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        check_count(memory_size=memory_size, width=width, sigma=sigma)
+        self.score = ImageScore(score, top_share)
+        self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
+        self.descriptor = Descriptor(self.teacher.channels)
+        channels = sum(self.teacher.channels)
+        self.memory = FeatureMemory(memory_size, channels)
+        self.head = ResidualHead(channels, width) if head else None
+        self.gate = BoundedGate()
+        self.upsample = Upsample()
+        self.smooth = GaussianSmoothing(sigma)
+        self.by_tiles = TileByTile()
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Predict anomaly maps and image scores.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), from 0 on: log(1 + x) of the distance, of which 1
+            is normal. The score is the distance's, whatever the head says.
+        """
+        score, anomaly_map = self._smoothed(self.by_tiles(self.predict_map, images, self.tiler))
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+    def predict_map(self, images: Tensor) -> Tensor:
+        """Predict maps, not smoothed, of images as a whole.
+
+        Args:
+            images: (B, 3, H, W), values in [0, 1].
+
+        Returns:
+            The distance, (B, 1, H, W), and with a head the refined distance as a second channel.
+        """
+        return self._maps(*self.compare(self.teacher(images)), images.shape[-2:])
+
+    def refined_map(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Predict scores and maps of images that have been compared.
+
+        Args:
+            residual: (B, C, h, w).
+            distance: (B, 1, h, w).
+            size: Height and width of the images.
+
+        Returns:
+            (B,) and (B, 1, *size).
+        """
+        return self._smoothed(self._maps(residual, distance, size))
+
+    def _maps(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> Tensor:
+        fine = self.upsample(distance, [2 * side for side in distance.shape[-2:]])  # as fine as the head's logit
+        maps = [fine]
+        if self.head is not None:
+            maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
+        return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
+
+    def _smoothed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
+        distance, *others = [self.smooth(at_least_float32(channel)) for channel in maps.split(1, dim=1)]
+        refined = others[0] if others else distance
+        return self.score(distance).log1p(), refined.log1p()
+
+    @property
+    def trained_head(self) -> "ResidualHead":
+        """The head of a network that has one."""
+        return cast("ResidualHead", self.head)
+
+    def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compare features with the memory, in full precision.
+
+        Args:
+            features: The teacher's, (B, C_i, H_i, W_i) for each level.
+            hidden: Items that are passed over, boolean (B, N). Left out, none are.
+
+        Returns:
+            Whitened residual to the nearest item, (B, C, H, W) with C the sum of C_i, and its root mean square over
+            channels (B, 1, H, W).
+        """
+        with torch.autocast(features[0].device.type, enabled=False):
+            query = self.descriptor(features)
+            residual = query - self.memory(query, hidden)
+            return residual, residual.square().mean(dim=1, keepdim=True).clamp(min=1e-12).sqrt()

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FractalMemory's network, and what its first stage gathers."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_fractalad.models.components import ImageScore
+from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemoryModel
+from anomalib_fractalad.models.fractalmemory.gathering import MOST_HELD, Gathering
+from anomalib_fractalad.models.fractalmemory.head import BoundedGate, ResidualHead
+from anomalib_fractalad.models.fractalmemory.loss import SegmentationLoss
+from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory
+from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
+from anomalib_fractalad.models.fractalmemory.statistics import (
+    REGULARIZATION,
+    Moments,
+    Reservoir,
+    extended_average,
+    farthest_points,
+)
+
+CHANNELS = [2, 3, 4]
+
+
+def random_features(images: int) -> list[torch.Tensor]:
+    stages = zip(CHANNELS, (16, 8, 4), strict=True)
+    mixed = [torch.randn(images, channels, side, side) for channels, side in stages]
+    return [torch.einsum("bchw,cd->bdhw", stage, torch.randn(len(stage[0]), len(stage[0]))) + 5 for stage in mixed]
+
+
+def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
+    features = random_features(6)
+    moments, descriptor = Moments(CHANNELS), Descriptor(CHANNELS)
+    for part in (slice(0, 2), slice(2, 6)):
+        batch = [stage[part] for stage in features]
+        moments.update(batch, extended_average(batch))
+    affine = moments.fit(descriptor)
+
+    # A second way: all at once, in double precision, by an eigendecomposition.
+    standard = []
+    for stage in features:
+        values = stage.double()
+        mean, deviation = values.mean((0, 2, 3), keepdim=True), values.std((0, 2, 3), correction=0, keepdim=True)
+        standard.append((values - mean) / deviation)
+    inside = F.avg_pool2d(torch.ones(1, 1, 8, 8, dtype=torch.float64), 3, 1, 1)
+    wide = F.interpolate(
+        F.avg_pool2d(torch.ones(1, 1, 4, 4, dtype=torch.float64), 3, 1, 1), size=(8, 8), mode="bilinear"
+    )
+    pooled = [
+        F.avg_pool2d(F.avg_pool2d(standard[0], 2), 3, 1, 1),
+        F.avg_pool2d(standard[1], 3, 1, 1),
+        F.avg_pool2d(F.interpolate(standard[2], size=(8, 8), mode="bilinear"), 3, 1, 1) / inside * wide,
+    ]
+    rows = torch.cat(pooled, dim=1).movedim(1, -1).flatten(0, 2)
+    rows = rows - rows.mean(0)
+    covariance = rows.mT @ rows / len(rows) + REGULARIZATION * torch.eye(9, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
+    expected = torch.cdist(rows @ root, rows @ root)  # whitenings differ by a rotation
+
+    described = descriptor(features).movedim(1, -1).flatten(0, 2)
+    distances = torch.cdist(described.double(), described.double())
+    torch.testing.assert_close(distances, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(described.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
+    averages = extended_average(features).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
+
+
+def test_a_silent_channel_is_no_fault() -> None:
+    features = [torch.zeros_like(stage) for stage in random_features(2)]
+    moments, descriptor = Moments(CHANNELS), Descriptor(CHANNELS)
+    moments.update(features, extended_average(features))
+    assert moments.fit(descriptor).isfinite().all()
+    assert descriptor(features).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("channels", [5, 100])
+def test_points_are_chosen_farthest_first(channels: int) -> None:
+    points = torch.randn(300, channels)
+    projected = points
+    if channels > 64:
+        projection = torch.randn(channels, 64, generator=torch.Generator().manual_seed(0)) / 8
+        projected = points @ projection
+    chosen = [int((projected - projected.mean(0)).norm(dim=1).argmax())]
+    for _ in range(39):
+        chosen.append(int(torch.cdist(projected, projected[chosen]).amin(1).argmax()))
+    assert farthest_points(points, 40).tolist() == chosen
+
+
+def test_equal_points_are_chosen_once_each() -> None:
+    assert sorted(farthest_points(torch.ones(5, 3), 5).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself() -> None:
+    memory = FeatureMemory(50, 9)
+    items, owners = torch.randn(50, 9), torch.arange(50) % 5
+    memory.fill(items, owners)
+    query = torch.randn(3, 9, 4, 6)
+    rows = query.movedim(1, -1)
+
+    found = memory(query).movedim(1, -1)
+    torch.testing.assert_close(found, items[torch.cdist(rows.flatten(0, 2), items).argmin(1)].view_as(found))
+
+    hidden = memory.hide(torch.tensor([4, 0, 77]), torch.ones(3))
+    found = memory(query, hidden).movedim(1, -1)
+    for image, owner in enumerate((4, 0, 77)):
+        others = items[owners != owner]
+        nearest = others[torch.cdist(rows[image].flatten(0, 1), others).argmin(1)]
+        torch.testing.assert_close(found[image].flatten(0, 1), nearest)
+
+
+def test_a_random_share_of_the_others_is_left() -> None:
+    memory = FeatureMemory(4000, 1)
+    memory.fill(torch.randn(4000, 1), torch.arange(4000) % 2)
+    hidden = memory.hide(torch.tensor([0, 1, 5]), torch.tensor([0.5, 0.1, 0.0]))
+    assert hidden[0, memory.owners == 0].all()
+    assert hidden[1, memory.owners == 1].all()
+    left = (~hidden).float().mean(dim=1)
+    torch.testing.assert_close(left[:2], torch.tensor([0.25, 0.05]), atol=0.03, rtol=0)
+    assert left[2] == 1  # a share of nothing is none
+
+
+def test_an_image_that_owns_the_whole_memory_is_compared_with_it() -> None:
+    memory = FeatureMemory(7, 2)
+    memory.fill(torch.randn(3, 2), torch.tensor([1, 1, 1]))
+    hidden = memory.hide(torch.tensor([1]), torch.ones(1))
+    assert memory(torch.randn(1, 2, 2, 2), hidden).isfinite().all()
+    assert len(memory.items.unique(dim=0)) == 3  # few items are repeated
+
+
+def test_a_reservoir_is_an_even_sample_of_constant_size() -> None:
+    counts = torch.zeros(40)
+    for _ in range(300):
+        reservoir = Reservoir(10, 1)
+        for image in range(10):
+            places = torch.arange(4 * image, 4 * image + 4.0).view(1, 1, 2, 2)
+            reservoir.offer(places, torch.tensor([image]))
+        values, owners = reservoir.sample
+        assert values.shape == (10, 1)
+        assert values.unique().numel() == 10
+        assert torch.equal(values.squeeze(1).long() // 4, owners)
+        counts[values.squeeze(1).long()] += 1
+    # 75 on average, with a standard deviation of 7.5.
+    assert counts.min() > 40
+    assert counts.max() < 110
+    few = Reservoir(10, 1)
+    few.offer(torch.ones(1, 1, 2, 2), torch.tensor([3]))
+    assert [len(part) for part in few.sample] == [4, 4]
+
+
+def test_what_is_gathered_is_bounded() -> None:
+    torch.manual_seed(0)
+    gathering = Gathering([8, 8, 8], 20, torch.device("cpu"))
+
+    def teacher(images: torch.Tensor) -> list[torch.Tensor]:
+        return [F.avg_pool2d(images, stride).repeat(1, 3, 1, 1)[:, :8] for stride in (4, 8, 16)]
+
+    for first in range(0, 400, 5):
+        gathering.add(teacher, torch.rand(5, 3, 32, 32), torch.arange(first, first + 5))
+    assert gathering.held_owners.tolist() == list(range(0, 8 * MOST_HELD, 8))
+    assert len(gathering.held_images) == MOST_HELD
+    assert len(gathering.reservoir.values) == 20
+    assert int(gathering.reservoir.seen) == 400 * 16
+
+
+def test_the_head_sees_the_residual_relative_to_the_image() -> None:
+    head = ResidualHead(6, 8).eval()
+    residual, distance = torch.randn(2, 6, 4, 4), torch.rand(2, 1, 4, 4)
+    logits = head(residual, distance)
+    assert logits.shape == (2, 1, 8, 8)
+    for changed in (head(-residual, distance), head(residual, distance + 1), head(2 * residual, distance)):
+        assert not torch.allclose(changed, logits, atol=1e-5)
+    torch.testing.assert_close(head(3 * residual, 3 * distance), logits)
+
+
+def test_a_gate_changes_a_distance_within_bounds() -> None:
+    gate = BoundedGate()
+    distance, logit = torch.rand(1, 1, 20, 20), 100 * torch.randn(1, 1, 20, 20)
+    torch.testing.assert_close(gate(distance, logit), distance)  # a head that is not trained does not count
+    gate.strength.fill_(math.log(1.5))
+    factor = gate(distance, logit) / distance
+    torch.testing.assert_close(factor.aminmax(), torch.return_types.aminmax([torch.tensor(1 / 1.5), torch.tensor(1.5)]))
+    assert ((factor > 1) == (logit > 0)).all()
+    torch.testing.assert_close(gate(distance, torch.full_like(logit, 4.0)), distance * 1.5 ** math.tanh(1))
+
+
+@torch.no_grad()
+def test_the_head_changes_the_map_and_never_the_score() -> None:
+    network = FractalMemoryModel("test_resnet", pre_trained=False, head=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    plain = network(images)
+    network.gate.strength.fill_(1.0)
+    refined = network(images)
+    assert torch.equal(refined.pred_score, plain.pred_score)
+    assert not torch.allclose(refined.anomaly_map, plain.anomaly_map, rtol=0.01)
+    alone = FractalMemoryModel("test_resnet", pre_trained=False).eval()
+    alone.load_state_dict(network.state_dict(), strict=False)
+    torch.testing.assert_close(alone(images), plain)
+
+
+def test_losses() -> None:
+    mask = torch.rand(2, 1, 4, 4).round()
+    perfect = SegmentationLoss()(100 * (2 * mask - 1), mask)
+    assert all(part < 1e-3 for part in perfect.values())
+    logits = torch.randn(2, 1, 4, 4)
+    right = torch.where(mask > 0, logits.sigmoid(), 1 - logits.sigmoid())
+    losses = SegmentationLoss()(logits, mask)
+    torch.testing.assert_close(losses["focal"], 4 * (0.5 * -(right.log()) * (1 - right) ** 2).mean())
+    overlap = 2 * (logits.sigmoid() * mask).sum() + 1
+    torch.testing.assert_close(losses["dice"], 1 - overlap / (logits.sigmoid().sum() + mask.sum() + 1))
+
+
+def test_stages() -> None:
+    plan = StagePlan.divide(50, 10)
+    assert plan == StagePlan(10, 40)
+    assert [plan.stage(step) for step in (0, 9, 10, 49)] == [Stage.GATHERING] * 2 + [Stage.HEAD] * 2
+    assert [StagePlan.divide(steps, 10) for steps in (10, 3, 1)] == [StagePlan(5, 5), StagePlan(1, 2), StagePlan(1, 0)]
+    assert StagePlan.divide(30, float("inf")) == StagePlan(15, 15)
+    assert StagePlan.divide(30, 10, head=False) == StagePlan(30, 0)
+    assert plan.after(StagePlan(5, 5)) == StagePlan(5, 45)  # what is gathered stays gathered
+    factors = [plan.lr_factor(step) for step in range(10, 50)]
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert sorted(factors[3:], reverse=True) == factors[3:]
+    assert factors[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_network_is_as_large_as_told() -> None:
+    network = FractalMemoryModel(
+        "test_resnet", pre_trained=False, memory_size=30, head=True, width=16, sigma=2, score="max"
+    )
+    channels = sum(network.teacher.channels)
+    assert network.memory.items.shape == (30, channels)
+    assert network.head.embed.weight.shape == (16, channels + 1, 1, 1)
+    assert isinstance(network.score, ImageScore)
+    with torch.no_grad():
+        prediction = network.eval()(torch.rand(2, 3, 64, 96))
+    assert prediction.anomaly_map.shape == (2, 1, 64, 96)
+    torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory_size": 0}, "memory_size is 0"),
+        ({"memory_size": 100, "reservoir_size": 50}, "reservoir_size is 50; it must be at least memory_size"),
+        ({"part_pattern": "("}, "part_pattern is '\\('.* no regular expression"),
+        ({"width": -1}, "width is -1"),
+        ({"sigma": 0}, "sigma is 0"),
+        ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"backbone": "resnet9000"}, "resnet9000"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FractalMemory(**{"backbone": "test_resnet", "pre_trained": False, **arguments})

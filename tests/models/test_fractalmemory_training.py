@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FractalMemory's training: its stages, resuming, and what it exports."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder, ImageBatch
+from anomalib.data.utils import read_image
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from conftest import FLOAT32, assert_same_prediction, in_onnx_runtime, make_tiles, small_engine
+from lightning import Callback, seed_everything
+
+from anomalib_fractalad.models.fractalmemory import FractalMemory
+from anomalib_fractalad.models.fractalmemory.calibration import STRENGTHS
+from anomalib_fractalad.models.fractalmemory.stages import Stage
+
+STEPS_PER_EPOCH = 2
+
+
+def small_model(**arguments: Any) -> FractalMemory:
+    size = {"pre_processor": FractalMemory.configure_pre_processor((64, 64))}
+    given = {"head": True, **size, **arguments}
+    return FractalMemory(backbone="test_resnet", pre_trained=False, visualizer=False, **given)
+
+
+class Watch(Callback):
+    """Notes, before each step, what a training consists of."""
+
+    def __init__(self) -> None:
+        self.heads: list[torch.Tensor] = []
+        self.memories: list[torch.Tensor] = []
+        self.stages: list[Stage] = []
+        self.last: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Any, model: Any, *_: Any) -> None:
+        del trainer
+        self.heads.append(torch.cat([parameter.detach().flatten() for parameter in model.model.head.parameters()]))
+        self.memories.append(model.model.memory.items.clone())
+        self.stages.append(model.stage)
+
+
+class Stopped(Exception):  # noqa: N818
+    """A training that was killed."""
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Stopped
+
+
+@pytest.fixture(scope="module")
+def trained(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    seed_everything(1)
+    model, watch = small_model(), Watch()
+    engine = small_engine(tmp_path_factory.mktemp("trained"), max_epochs=5, callbacks=[watch])
+    engine.fit(model, datamodule=make_tiles(tile_root))
+    watch.last = {key: value.clone() for key, value in model.model.state_dict().items()}
+    return model, engine, watch
+
+
+def test_the_first_epoch_gathers_and_the_others_train_the_head(trained: Any) -> None:
+    model, _, watch = trained
+    assert watch.stages == [Stage.GATHERING] * STEPS_PER_EPOCH + [Stage.HEAD] * (4 * STEPS_PER_EPOCH)
+    first, *gathered = watch.heads[: STEPS_PER_EPOCH + 1]
+    assert all(torch.equal(head, first) for head in gathered)
+    for before, after in zip(watch.heads[STEPS_PER_EPOCH:-1], watch.heads[STEPS_PER_EPOCH + 1 :], strict=True):
+        assert not torch.equal(before, after)
+    assert watch.memories[STEPS_PER_EPOCH - 1].count_nonzero() == 0
+    assert all(torch.equal(memory, model.model.memory.items) for memory in watch.memories[STEPS_PER_EPOCH:])
+    assert len(model.model.memory.owners.unique()) == 8  # every image has a share
+
+
+def test_it_finds_the_defects(trained: Any, tiles: Folder) -> None:
+    model, engine, _ = trained
+    (result,) = engine.test(model, datamodule=tiles)
+    assert result["image_AUROC"] == 1
+    assert result["pixel_AUROC"] > 0.8
+
+
+def test_the_same_score_everywhere(
+    trained: Any, tile_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model, engine, _ = trained
+    image = tile_root / "test/blot/000.png"
+    engine.validate(model, datamodule=make_tiles(tile_root))
+    model.model.gate.strength.fill_(0.5)  # whatever the calibration has found
+    (lightning,) = engine.predict(model, data_path=image)
+    kinds = (ExportType.TORCH, ExportType.ONNX, ExportType.OPENVINO)
+    torch_file, onnx_file, openvino_file = (engine.export(model, kind, export_root=tmp_path) for kind in kinds)
+    assert_same_prediction(TorchInferencer(torch_file, device="cpu").predict(image), lightning)
+    assert_same_prediction(in_onnx_runtime(onnx_file, read_image(image, as_tensor=True).unsqueeze(0)), lightning)
+    assert_same_prediction(OpenVINOInferencer(openvino_file, "CPU", FLOAT32).predict(image), lightning)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])  # within the gathering, at its end, and within the training of the head
+def test_a_resumed_training_ends_with_the_same_weights(
+    step: int, trained: Any, tile_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    seed_everything(1)
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.raises(Stopped):
+        small_engine(tmp_path, max_epochs=5, callbacks=[keep, StopAt(step)]).fit(
+            small_model(), datamodule=make_tiles(tile_root)
+        )
+    seed_everything(99)
+    caplog.clear()
+    resumed = small_model()
+    (checkpoint,) = tmp_path.glob(f"*step={step}.ckpt")
+    small_engine(tmp_path, max_epochs=5).fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
+    for name, value in trained[2].last.items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    says_gathers = any("gathers normal features" in record.message for record in caplog.records)
+    assert says_gathers == (step < STEPS_PER_EPOCH)
+
+
+def test_images_are_compared_without_their_own_part(trained: Any) -> None:
+    model, _, _ = trained
+    seen: list[torch.Tensor] = []
+
+    def note(features: Any, hidden: torch.Tensor) -> Any:
+        seen.append(hidden)
+        return compare(features, hidden)
+
+    compare, owners = model.model.compare, model.model.memory.owners
+    parts = owners.unique()[:5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model, "compare", note)
+        model._segment(torch.rand(5, 3, 64, 64), parts)
+    (hidden,) = seen
+    assert len(hidden) == 7  # the anomalous images, then two normal ones
+    for image, part in enumerate(parts):
+        assert hidden[image, owners == part].all()
+        assert not hidden[image].all()
+    assert all(any(row[owners == part].all() for part in parts) for row in hidden[5:])
+
+
+def test_parts_are_told_by_the_names_of_files() -> None:
+    paths = ["a/part1_view1.png", "b/part1_view2.png", "a/part2_view1.png"]
+    batch = ImageBatch(image=torch.rand(3, 3, 8, 8), image_path=paths)
+    alone, grouped = (
+        small_model(part_pattern=pattern).owners_of(batch).tolist() for pattern in (None, r"part(\d+)_view")
+    )
+    assert len(set(alone)) == 3
+    assert grouped[0] == grouped[1] != grouped[2]
+    with pytest.raises(ValueError, match=r"finds nothing in the name of a/part1_view1\.png"):
+        small_model(part_pattern="tile").owners_of(batch)
+
+
+def test_a_head_that_does_harm_does_not_count(trained: Any) -> None:
+    model, _, _ = trained
+    network, calibrate = model.model, model._calibration
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    truth = {id(sample.residual): sample.mask for sample in calibrate._samples}
+    assert len(truth) == 4  # one image is kept aside; in two lights, without and with a defect
+
+    def oracle(sign: float) -> Any:
+        def logit(residual: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+            size = [2 * side for side in distance.shape[-2:]]
+            return sign * 8 * (2 * torch.nn.functional.interpolate(truth[id(residual)].float(), size, mode="area") - 1)
+
+        return logit
+
+    try:
+        for sign, trained_head, strength in ((-1, True, 0), (1, True, max(STRENGTHS)), (1, False, 0)):
+            network.head.forward = oracle(sign)
+            calibrate(network, trained=trained_head)
+            assert network.gate.strength.item() == pytest.approx(strength, abs=1e-6)
+    finally:
+        del network.head.forward
+        network.load_state_dict(state)
+
+
+def test_an_endless_training_is_refused(tiles: Folder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_epochs is -1; FractalMemory"):
+        small_engine(tmp_path, max_epochs=-1).fit(small_model(), datamodule=tiles)
+
+
+def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path: Path) -> None:
+    model = small_model(memory_size=50, reservoir_size=60)
+    assert model.is_untrained()
+    engine = small_engine(tmp_path, max_steps=1)
+    engine.fit(model, datamodule=tiles)
+    assert not model.is_untrained()
+    assert model.model.memory.items.count_nonzero() > 0
+    assert model.model.gate.strength == 0
+    # What changes no prediction of a trained model, and the score and the smoothing, may be given anew.
+    checkpoint = tmp_path / "model.ckpt"
+    engine.trainer.save_checkpoint(checkpoint)
+    loaded = FractalMemory.load_from_checkpoint(checkpoint, sigma=2)
+    assert torch.equal(loaded.model.memory.items, model.model.memory.items)
+    assert (loaded.model.smooth.radius, model.model.smooth.radius) == (8, 16)
+    with pytest.raises(ValueError, match="memory_size is 40 here, and 50 there"):
+        FractalMemory.load_from_checkpoint(checkpoint, memory_size=40)
+
+
+def test_without_a_head_one_epoch_is_all(tile_root: Path, tmp_path: Path) -> None:
+    model = small_model(head=False)
+    engine = small_engine(tmp_path, max_epochs=5)
+    engine.fit(model, datamodule=make_tiles(tile_root))
+    assert engine.trainer.global_step == STEPS_PER_EPOCH
+    assert len(model.model.memory.owners.unique()) == 8
+    (result,) = engine.test(model, datamodule=make_tiles(tile_root))
+    assert result["image_AUROC"] == 1
+    assert result["pixel_AUROC"] > 0.8
+    loaded = FractalMemory.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path, head=False)
+    assert torch.equal(loaded.model.memory.items, model.model.memory.items)
