@@ -9,6 +9,7 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import (
     FrozenTeacher,
@@ -114,7 +115,8 @@ class FractalMemoryModel(nn.Module):
         return self._smoothed(self._maps(residual, distance, size))
 
     def _maps(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> Tensor:
-        fine = self.upsample(distance, [2 * side for side in distance.shape[-2:]])  # as fine as the head's logit
+        # As fine as the head's logit. An exported upsample smooths, too, so that it is called on the last way alone.
+        fine = F.interpolate(distance, scale_factor=2.0, mode="bilinear", align_corners=False)
         maps = [fine]
         if self.head is not None:
             maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
