@@ -14,7 +14,7 @@ from .candidates import Candidate
 from .evaluation import Outcome, as_plain, evaluate, gflop, is_tie
 from .split import data_module
 from .state import Progress, State
-from .training import seconds_per_step, train, trainer_length
+from .training import seconds_per_image, seconds_per_step, train, trainer_length
 from .trials import Trial
 
 CHOOSING, TRAINING = 0.45, 0.4  # shares of the time; the rest is for thresholds, export and report
@@ -72,28 +72,30 @@ def rungs(count: int) -> tuple[tuple[int, float], ...]:
     return tuple((math.ceil(count / 2**number), 0.5 ** (rounds - number)) for number in range(rounds))
 
 
-def make_plan(costs: Sequence[float], seconds: float) -> Plan:
+def make_plan(costs: Sequence[float], seconds: float, one_pass: Sequence[float] = ()) -> Plan:
     """Plan a choice within a time; efforts are powers of a half, so that a busy machine seldom changes them.
 
     Args:
-        costs: Seconds of each candidate's whole training, the recommended one first.
+        costs: Seconds of the whole training of candidates that train step by step, the recommended one first.
         seconds: Time of the whole build.
+        one_pass: Seconds of those that train in one pass, which cannot be shortened; they are among the first.
 
     Returns:
         The plan, of fewer candidates where the time does not suffice for all: the first ones stay.
     """
+    fixed = sum(one_pass)
     for count in range(len(costs), 0, -1):
-        rounds = rungs(count)
+        rounds = rungs(count + len(one_pass))
         kept = sorted(costs[:count], reverse=True)
         choosing = sum(share * sum(kept[:number]) for number, share in rounds)
         effort = 1.0
         while effort > _LEAST_EFFORT and (
-            effort * choosing > CHOOSING * seconds or effort * kept[0] > TRAINING * seconds
+            effort * choosing + fixed > CHOOSING * seconds or effort * kept[0] > TRAINING * seconds
         ):
             effort /= 2
         if effort > _LEAST_EFFORT:
             return Plan(effort, rounds)
-    return Plan(effort, ())
+    return Plan(_LEAST_EFFORT, rungs(len(one_pass)) if fixed <= CHOOSING * seconds else ())
 
 
 def choose(candidates: Sequence[Candidate], setting: Setting, state: State, progress: Progress) -> dict[str, Any]:
@@ -122,9 +124,9 @@ def choose(candidates: Sequence[Candidate], setting: Setting, state: State, prog
     plan = running.plan(alive)
     counted_out = sorted({kind for candidate in alive for kind in candidate.trains_on})
     table["left_out"] = counted_out
-    if len(alive) > 1 and not plan.rungs:
-        _note(table, alive[1:], "not tried: no time")
-    alive = alive[: plan.rungs[0][0]] if plan.rungs else alive[:1]
+    count = plan.rungs[0][0] if plan.rungs else 1
+    _note(table, alive[count:], "not tried: no time")
+    alive = alive[:count]
     for number, (count, share) in enumerate(plan.rungs):
         ranked = running.ranked(alive)[:count] if number else alive
         for candidate in ranked:
@@ -166,7 +168,7 @@ class _Choice:
         self._state.save(choice=self._table)
 
     def try_out(self) -> list[Candidate]:
-        """Train each candidate for a few steps; gives those that can be trained."""
+        """Train each candidate for a few steps; gives those that can be trained, one-pass ones before others."""
         rows = self._table["rows"]
         for candidate in self._candidates:
             if candidate.name in rows:
@@ -185,12 +187,15 @@ class _Choice:
         if not alive:
             msg = f"no candidate can be trained; {self._candidates[0].name}: {rows[self._candidates[0].name]['failed']}"
             raise RuntimeError(msg)
-        return alive
+        others = sorted(alive[1:], key=lambda candidate: candidate.steps is not None)
+        return [alive[0], *others]
 
     def _cost(self, candidate: Candidate, model: Any) -> float:
         """Seconds of a candidate's whole training."""
-        if candidate.steps is None or self._setting.effort is not None:
+        if self._setting.effort is not None:
             return 0.0
+        if candidate.steps is None:
+            return len(self._setting.train) * seconds_per_image(model, candidate.image_size)
         data = self._data(candidate)
         step = seconds_per_step(model, data, self._setting.folder / "try", self._setting.accelerator)
         return step * candidate.steps
@@ -201,8 +206,10 @@ class _Choice:
     def plan(self, alive: Sequence[Candidate]) -> Plan:
         """The plan of an earlier call, or a new one."""
         if "plan" not in self._table:
-            costs = [self._table["rows"][candidate.name]["seconds"] for candidate in alive]
-            plan = make_plan(costs, self._setting.seconds)
+            rows = self._table["rows"]
+            costs = [rows[candidate.name]["seconds"] for candidate in alive if candidate.steps is not None]
+            one_pass = [rows[candidate.name]["seconds"] for candidate in alive if candidate.steps is None]
+            plan = make_plan(costs, self._setting.seconds, one_pass)
             if self._setting.effort is not None:
                 plan = Plan(self._setting.effort, rungs(len(alive)))
             self._table["plan"] = {"effort": plan.effort, "rungs": plan.rungs}

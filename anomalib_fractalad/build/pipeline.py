@@ -193,7 +193,8 @@ class _Build:
         request = self._request
         files = sorted([*dealt.train, *dealt.held])
         lists = {"batch_size": chosen.batch_size, "workers": self._workers(found), "name": request.output.name}
-        length = trainer_length(chosen, len(files), choice["plan"]["effort"])
+        effort = 1.0 if chosen.steps is None else choice["plan"]["effort"]
+        length = trainer_length(chosen, len(files), effort)
         post_processor = self._post_processor(dealt)
         self._write_configuration(chosen, choice, length, table(files, dealt.calibration, bad, **lists), post_processor)
         seed_everything(request.seed, workers=True, verbose=False)
@@ -217,7 +218,7 @@ class _Build:
         self._progress.step("saving")
         engine.trainer.save_checkpoint(checkpoint.with_suffix(".new"), weights_only=False)
         checkpoint.with_suffix(".new").replace(checkpoint)
-        self._state.save(training={"seconds": time.monotonic() - begin, "effort": choice["plan"]["effort"], **length})
+        self._state.save(training={"seconds": time.monotonic() - begin, "effort": effort, **length})
         return model, data
 
     def _write_configuration(

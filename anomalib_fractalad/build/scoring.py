@@ -23,7 +23,7 @@ from .trials import Trial
 
 _SIDE = 224  # longest side in pixels of an image in the report
 _SHOWN = {"good": 60, "bad": 90, "synthetic": 60}
-_CLEAR = 0.25  # normalized map below which a heat map is transparent
+_CLEAR = 0.38  # normalized map below which a heat map is transparent
 
 
 def score_images(

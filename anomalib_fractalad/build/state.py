@@ -12,16 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-_LOGGERS = (
-    "anomalib",
-    "anomalib_fractalad",
-    "lightning",
-    "lightning.pytorch",
-    "lightning.fabric",
-    "lightning_fabric",
-    "timm",
-    "nncf",
-)
+_LOGGERS = {
+    **dict.fromkeys(("anomalib", "anomalib_fractalad", "lightning", "lightning_fabric"), logging.INFO),
+    **dict.fromkeys(("lightning.pytorch", "lightning.fabric"), logging.INFO),
+    **dict.fromkeys(("timm", "nncf", "onnxscript", "torch", "py.warnings"), logging.WARNING),
+}
 _SHOW_SECONDS = 10.0  # between lines where there is no terminal
 _STAGES = 5
 
@@ -147,13 +142,13 @@ def quiet(file: Path) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in (*_LOGGERS, "py.warnings")]
+    loggers = {logging.getLogger(name): level for name, level in _LOGGERS.items()}
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     show = warnings.showwarning
     try:
-        for logger in loggers:
+        for logger, level in loggers.items():
             logger.handlers, logger.propagate = [handler], False
-            logger.setLevel(logging.INFO)
+            logger.setLevel(level)
         logging.captureWarnings(capture=True)
         yield
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
@@ -161,3 +162,18 @@ def seconds_per_step(model: AnomalibModule, data: AnomalibDataModule, folder: Pa
     )
     engine.fit(model, datamodule=data)
     return sum(watch.seconds) / len(watch.seconds) if watch.seconds else 0.0
+
+
+@torch.inference_mode()
+def seconds_per_image(model: AnomalibModule, image_size: tuple[int, int]) -> float:
+    """Time that an image takes on the CPU in a model's network.
+
+    Args:
+        model: The model.
+        image_size: Height and width of its images.
+    """
+    images = torch.zeros(4, 3, *image_size)
+    model.eval()
+    begin = time.monotonic()
+    model.model(images)
+    return (time.monotonic() - begin) / len(images)

@@ -252,6 +252,8 @@ def test_the_plan_fits_the_time() -> None:
         assert plan.effort == 1 / 16 or plan.effort * kept[0] <= TRAINING * seconds
     assert make_plan(costs, 10_000) == Plan(1.0, rungs(4))
     assert make_plan(costs, 1) == Plan(1 / 16, ())
+    assert make_plan(costs, 100, [10.0, 20.0]) == Plan(1 / 16, ((2, 1 / 2),))
+    assert make_plan(costs, 10_000, [10.0]).rungs == rungs(5)
 
 
 def test_a_tie_is_a_difference_within_the_spread() -> None:

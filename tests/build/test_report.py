@@ -44,7 +44,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "part <1>",
         "request": {"seed": 0},
         "look": {
-            "folder": "good",
+            "folder": "/a/long/path/" + "of_many_letters" * 8 + "/good",
             "images": 100,
             "parts": 90,
             "grouped_by": "names",
