@@ -21,7 +21,7 @@ from anomalib.data import InferenceBatch
 from conftest import save
 from torchvision.transforms.v2 import Resize
 
-from anomalib_fractalad import FractalAD
+from anomalib_fractalad import FractalMemory
 from anomalib_fractalad.__main__ import main
 from anomalib_fractalad.build import DEFECTS, build_part, pipeline
 from anomalib_fractalad.build.choose import CHOOSING, TRAINING, Plan, make_plan, rungs
@@ -252,7 +252,7 @@ def test_the_plan_fits_the_time() -> None:
         assert plan.effort == 1 / 16 or plan.effort * kept[0] <= TRAINING * seconds
     assert make_plan(costs, 10_000) == Plan(1.0, rungs(4))
     assert make_plan(costs, 1) == Plan(1 / 16, ())
-    assert make_plan(costs, 100, [10.0, 20.0]) == Plan(1 / 16, ((2, 1 / 2),))
+    assert make_plan(costs, 70, [10.0, 20.0]) == Plan(1 / 16, ((2, 1 / 2),))
     assert make_plan(costs, 10_000, [10.0]).rungs == rungs(5)
 
 
@@ -326,12 +326,20 @@ def test_region_and_f1(built: SimpleNamespace, tmp_path: Path) -> None:
     region = np.zeros((64, 64))
     region[:, 16:] = 255
     save(region, tmp_path / "roi.png")
-    (tmp_path / "one.yaml").write_text(CANDIDATES.partition("- name: broken")[0])
+    arguments = "{memory_size: 40, reservoir_size: 400}"
+    (tmp_path / "one.yaml").write_text(
+        f"- {{name: memory, size: 64, model: {{class_path: FractalMemory, init_args: {arguments}}}}}"
+    )
     given = {"roi": tmp_path / "roi.png", "candidates": tmp_path / "one.yaml", "threshold": "f1"}
     report = build_part(built.root / "good", tmp_path / "part", **options(built.root, **given), progress=Progress(None))
     content = report_content(report)
     assert content["choice"]["why"] == "the only candidate"
-    model = FractalAD.load_from_checkpoint(tmp_path / "part/work/model.ckpt", visualizer=False)
+    model = FractalMemory.load_from_checkpoint(tmp_path / "part/work/model.ckpt", visualizer=False).eval()
+    images = torch.rand(2, 3, 64, 64)
+    images[1, ..., 16:] = images[0, ..., 16:]
+    found = model.model(images)
+    assert torch.equal(found.anomaly_map[0], found.anomaly_map[1])
+    assert found.anomaly_map[..., :16].max() == 0 < found.anomaly_map[..., 16:].min()
     assert model.hparams["roi"].startswith("data:")
     assert type(model.post_processor) is OrderPreservingPostProcessor
     assert any(row["score"] > 0.5 for row in content["images"] if row["group"] == "bad")
