@@ -15,6 +15,7 @@ from anomalib_fractalad.registration import DATA_MODULES, MODELS
 
 PACKAGE = Path(__file__).parent
 PROGRAM = "anomalib-fractalad"
+EXAMPLES = ("fabric", "metal_plate", "moulded_part")
 
 
 def status() -> str:
@@ -134,9 +135,11 @@ def _add_build(commands: Any) -> None:
         epilog=f"example: {PROGRAM} build images/good --output part1 --bad images/bad --minutes 10",
     )
     add = command.add_argument
-    add("good", type=Path, metavar="GOOD", help="folder of good images, with sub-folders")
+    text = f"folder of good images, with sub-folders; or made images to try it with: {', '.join(EXAMPLES)}"
+    add("good", type=Path, metavar="GOOD", help=text)
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the part is written")
-    add("--bad", type=Path, metavar="FOLDER", help="bad images; the report shows what is found of them")
+    text = "bad images; the report shows what is found of them (a sub-folder named good is left out)"
+    add("--bad", type=Path, metavar="FOLDER", help=text)
     add("--minutes", type=float, default=30, metavar="N", help="time to choose and train in, about (default: 30)")
     text = "share of good images that may raise an alarm (default: 0.01, or what the images can promise)"
     add("--false-alarms", type=float, metavar="SHARE", help=text)
@@ -161,12 +164,24 @@ def _add_build(commands: Any) -> None:
     add("--no-int8", dest="int8", action="store_false", help="leave the INT8 model out")
 
 
+def _example(category: str) -> dict[str, Path]:
+    """Make good and bad images of a category of SurfaceDefects, below datasets/SurfaceDefects."""
+    from anomalib_fractalad.data import SurfaceDefects  # noqa: PLC0415
+
+    data = SurfaceDefects(category=category)
+    data.prepare_data()
+    folder = Path(data.root) / category
+    return {"good": folder / "train" / "good", "bad": folder / "test"}
+
+
 def _build(given: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not the user's doing
     print("starting ...", flush=True)
     from anomalib_fractalad.build import build_part  # noqa: PLC0415
 
     options = {name: value for name, value in vars(given).items() if name != "command" and value is not None}
+    if str(given.good) in EXAMPLES and not given.good.exists():
+        options |= _example(str(given.good)) if given.bad is None else {"good": _example(str(given.good))["good"]}
     try:
         build_part(**options)
     except KeyboardInterrupt:

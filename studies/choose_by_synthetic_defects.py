@@ -94,7 +94,7 @@ def real_figures(model: torch.nn.Module, root: Path, candidate: Candidate, score
     all_scores, all_maps = torch.cat(scores), torch.cat(maps)
     return {
         "real image AUROC": float(binary_auroc(rescaled(all_scores), torch.cat(labels).long())),
-        "real pixel AP": float(binary_average_precision(rescaled(all_maps), torch.cat(truth).long(), thresholds=5000)),
+        "real pixel AP": float(binary_average_precision(rescaled(all_maps), torch.cat(truth).long())),
     }
 
 

@@ -118,9 +118,10 @@ def near_duplicates(small: Images) -> list[tuple[int, int]]:
     detail = small - small.mean(axis=(1, 2), keepdims=True)
     detail /= detail.std(axis=(1, 2), keepdims=True) + 1e-3
     detail -= np.median(detail[:: len(detail) // 1000 + 1], axis=0)
-    detail -= np.stack([cv2.GaussianBlur(image, (0, 0), 1.0) for image in detail])
+    for index, image in enumerate(detail):
+        detail[index] = image - cv2.GaussianBlur(image, (0, 0), 1.0)
     rows = detail.reshape(len(detail), -1)
-    rows = rows - rows.mean(axis=1, keepdims=True)
+    rows -= rows.mean(axis=1, keepdims=True)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     rows /= np.where(length > 1e-2 * rows.shape[1] ** 0.5, length, np.inf)  # nothing is like a plain image
     for least in (_ALIKE, _HARDLY_DIFFERENT):

@@ -20,7 +20,8 @@ class Request:
     Attributes:
         good: Folder of good images.
         output: Folder of the part, which is written.
-        bad: Folder of bad images, for the report; they never move the threshold, unless ``threshold`` is ``f1``.
+        bad: Folder of bad images, for the report; they never move the threshold, unless ``threshold`` is ``f1``. A
+            sub-folder named ``good`` does not count.
         minutes: Time to choose and train in, about.
         false_alarms: Share of good images that may raise an alarm; left out, see :func:`~.split.split`.
         roi: Mask of the region of interest.
@@ -84,8 +85,8 @@ class Request:
             raise ValueError(msg)
 
     def files(self, folder: Path) -> list[Path]:
-        """The images of a folder, but what this build writes."""
-        return image_files(folder, [self.output])
+        """The images of a folder, but what this build writes, and good ones beside bad ones."""
+        return image_files(folder, [self.output] if folder != self.bad else [self.output, folder / "good"])
 
     def plain(self) -> dict[str, Any]:
         """What a second call must ask for again to go on, and the state of the images."""
