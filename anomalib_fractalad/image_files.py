@@ -8,8 +8,10 @@ come out white there, and the errors for broken files do not name the file.
 
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
@@ -24,11 +26,13 @@ from anomalib_fractalad.inspection.reading import (
 )
 
 __all__ = [
+    "Overview",
     "UnreadableImageError",
     "check_image",
     "has_control_characters",
     "is_blank",
     "open_rgb",
+    "overview",
     "read_image",
     "read_mask",
 ]
@@ -81,6 +85,45 @@ def check_image(path: str | Path, *, decode: bool = True) -> None:
         UnreadableImageError: As for :func:`open_rgb`.
     """
     _open(path, lambda image: _decode(image, path, whole=decode))
+
+
+class Overview(NamedTuple):
+    """What an image is like, as far as a small version of it tells.
+
+    Attributes:
+        size: Width and height in pixels.
+        mode: Pillow's name of the pixel format.
+        orientation: EXIF's orientation, 1 where the image is upright.
+        small: uint8 array (side, side, 3), the whole image at another proportion.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+    small: npt.NDArray[np.uint8]
+
+
+def overview(path: str | Path, side: int = 64) -> Overview:
+    """Look at an image without keeping it; a JPEG is decoded at a fraction of its size.
+
+    Args:
+        path: The file.
+        side: Side in pixels of the small version.
+
+    Raises:
+        UnreadableImageError: As for :func:`open_rgb`.
+    """
+    return _open(path, lambda image: _overview(image, side))
+
+
+def _overview(image: Image.Image, side: int) -> Overview:
+    size, mode, orientation = image.size, image.mode, image.getexif().get(_ORIENTATION, 1)
+    image.draft("RGB", (2 * side, 2 * side))
+    small = _in_8_bits(image).convert("RGB").resize((side, side), Image.Resampling.BOX)
+    return Overview(size, mode, int(orientation), np.asarray(small))
+
+
+_ORIENTATION = 0x0112
 
 
 def is_blank(path: str | Path) -> bool:

@@ -199,7 +199,7 @@ def test_information_on_the_installation(capsys: pytest.CaptureFixture[str]) -> 
         assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
     with pytest.raises(SystemExit, match="0"):
         main(["config", "--help"])
-    assert "usage: python -m anomalib_fractalad config [-h] [name]" in capsys.readouterr().out
+    assert "usage: anomalib-fractalad config [-h] [name]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side-by-side comparison of anomaly detection models.
 
-Run as ``python -m anomalib_fractalad.benchmark --config configs/benchmark.yaml``.
+Run as ``anomalib-fractalad compare --config configs/benchmark.yaml``.
 """
 
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,12 +103,17 @@ def _tell_failures(jobs: list[Job], output: Path) -> None:
                 print(f"{job}: {runtime}: {values['reason']}")
 
 
-def main() -> None:
-    """Run the command; a mistake in the configuration is told in one line."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m anomalib_fractalad.benchmark") -> None:
+    """Run the command; a mistake in the configuration is told in one line.
+
+    Args:
+        arguments: Those of the command line; left out, the process's.
+        prog: The command's name.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not the user's doing
         try:
-            auto_cli(benchmark, as_positional=False, prog="python -m anomalib_fractalad.benchmark")
+            auto_cli(benchmark, args=arguments, as_positional=False, prog=prog)
         except (ValueError, ModuleNotFoundError) as error:
             sys.exit(f"error: {error}")
 

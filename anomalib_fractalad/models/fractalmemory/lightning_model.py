@@ -25,6 +25,7 @@ from anomalib_fractalad.models.components import (
     Reduction,
     check_count,
     check_positive,
+    record,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
@@ -69,6 +70,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         learning_rate: Highest learning rate of AdamW.
         epochs: Training length in epochs, for callers that cannot set the trainer's, such as anomalib's benchmark.
             Left out, the trainer's max_epochs rules.
+        roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
+            outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
         post_processor: Post-processor, or whether to use anomalib's default.
         evaluator: Evaluator, or whether to use the default metrics.
@@ -110,6 +113,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         top_share: float = 0.005,
         learning_rate: float = 0.002,
         epochs: int | None = None,
+        roi: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -122,6 +126,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             raise ValueError(msg)
         check_pattern(part_pattern)
         weights = None if weights is None else str(weights)
+        roi = None if roi is None else record(roi)  # which a checkpoint holds
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -137,6 +142,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             backbone, pre_trained, memory_size, head, width, sigma, score, top_share, weights
         )
         self.loss = SegmentationLoss()
+        self.set_roi(roi)
         # Lightning counts steps of an optimizer, and an optimizer has to have a weight.
         self.idle = nn.Parameter(torch.zeros(1)) if self.model.head is None else None
         self._gathering: Gathering | None = None
@@ -223,7 +229,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             The loss.
         """
         del args, kwargs
-        images = self.training_images(batch)
+        images, inside = self.training_views(batch)
         owner = self.owners_of(batch).repeat(len(images) // batch.batch_size)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         # Distributed training waits for a gradient of every weight.
@@ -235,12 +241,14 @@ class FractalMemory(OneClassModule, AnomalibModule):
         learned = ~torch.isin(owner, gathering.held_owners)
         if not learned.any():
             return nothing
-        parts = self._segment(images[learned], owner[learned])
+        parts = self._segment(images[learned], owner[learned], None if inside is None else inside[learned])
         return self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
 
-    def _segment(self, images: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    def _segment(self, images: Tensor, owner: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """Losses of anomalous and of some normal images, each compared with a memory without its own part."""
         anomalous, mask = self.generator(images)
+        if inside is not None:
+            anomalous, mask = torch.where(inside, anomalous, images), mask * inside
         normal = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)].to(images.device)
         owner = torch.cat([owner, owner[normal]])
         mask = torch.cat([mask, torch.zeros_like(mask[normal])])

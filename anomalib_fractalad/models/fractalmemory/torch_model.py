@@ -9,11 +9,13 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import (
     FrozenTeacher,
     ImageScore,
     Reduction,
+    RegionOfInterest,
     TileByTile,
     Upsample,
     at_least_float32,
@@ -43,6 +45,7 @@ class FractalMemoryModel(nn.Module):
 
     Attributes:
         tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
+        region: What of the images counts, where not all does.
 
     Raises:
         ValueError: If the backbone lacks a level, or another argument is out of range.
@@ -50,6 +53,7 @@ class FractalMemoryModel(nn.Module):
     """
 
     tiler: Tiler | None = None
+    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class FractalMemoryModel(nn.Module):
     ) -> None:
         super().__init__()
         check_count(memory_size=memory_size, width=width, sigma=sigma)
+        self.register_module("region", None)
         self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.descriptor = Descriptor(self.teacher.channels)
@@ -86,7 +91,11 @@ class FractalMemoryModel(nn.Module):
             ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), from 0 on: log(1 + x) of the distance, of which 1
             is normal. The score is the distance's, whatever the head says.
         """
-        score, anomaly_map = self._smoothed(self.by_tiles(self.predict_map, images, self.tiler))
+        if self.region is not None:
+            images = self.region.hide(images)
+        score, anomaly_map = self._smoothed(self.by_tiles(self.predict_map, images, self.tiler), self.region)
+        if self.region is not None:
+            anomaly_map = self.region.lower(anomaly_map)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
@@ -123,11 +132,11 @@ class FractalMemoryModel(nn.Module):
             maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
-    def _smoothed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
         """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
         distance, *others = [self.smooth(at_least_float32(channel)) for channel in torch.split(maps, 1, dim=1)]
         refined = others[0] if others else distance
-        return self.score(distance).log1p(), refined.log1p()
+        return self.score(distance, region).log1p(), refined.log1p()
 
     @property
     def trained_head(self) -> "ResidualHead":
