@@ -99,7 +99,8 @@ def draw(description: str) -> str:
     width = max(box.center[0] for box in boxes.values()) + WIDTH / 2 + MARGIN
     lowest = max(box.center[1] + box.height / 2 for box in boxes.values())
     height = lowest + 2 * MARGIN + LINE
-    parts = [HEAD.format(width, height), *arrows, *(box.svg() for box in boxes.values()), _legend(lowest + MARGIN, {box.kind for box in boxes.values()})]
+    legend = _legend(lowest + MARGIN, {box.kind for box in boxes.values()})
+    parts = [HEAD.format(width, height), *arrows, *(box.svg() for box in boxes.values()), legend]
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -9,7 +9,6 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import (
     FrozenTeacher,
