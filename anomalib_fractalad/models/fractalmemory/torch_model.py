@@ -119,7 +119,7 @@ class FractalMemoryModel(nn.Module):
             size: Height and width of the images.
 
         Returns:
-            (B,) and (B, 1, *size).
+            Scores (B,) and maps (B, 1, H, W).
         """
         return self._smoothed(self._maps(residual, distance, size))
 
