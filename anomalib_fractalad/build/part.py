@@ -212,7 +212,7 @@ def check_exports(
     }
     if find_spec("onnxruntime") is not None and ONNX in names:
         runs[ONNX] = _in_onnx_runtime(folder)
-    threshold = float(model.post_processor.normalized_image_threshold)  # type: ignore[union-attr,operator,arg-type]
+    threshold = float(model.post_processor.normalized_image_threshold)  # type: ignore[union-attr,arg-type]
     expected: list[_Prediction] = []
     found: dict[str, _Comparison] = {name: _Comparison() for name in runs}
     with _evaluating(model):

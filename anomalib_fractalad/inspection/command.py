@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from .inspector import FIELDS, Inspector
 from .reading import find_images
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"error: {message} (--help shows what can be given)\n")
 
 
-def inspect_parser(prog: str, *, has_part: bool) -> argparse.ArgumentParser:
+def inspect_parser(prog: str, *, has_part: bool) -> _Parser:
     """Make the command's parser.
 
     Args:
@@ -137,8 +137,11 @@ def inspect_main(
         for row in rows:
             write(row)
             counts[row["decision"]] += 1
+    if not any(counts.values()):
+        print(f"error: there is no image in {', '.join(given.images)}", file=sys.stderr)
+        return FAILED
     print(", ".join(f"{count} {name}" for name, count in counts.items()), file=sys.stderr)
-    if counts["unreadable"] or not any(counts.values()):
+    if counts["unreadable"]:
         return FAILED
     return SOME_ANOMALOUS if counts["anomalous"] else ALL_GOOD
 
@@ -180,7 +183,7 @@ def _place(path: Path, images: Sequence[str]) -> Path:
 def _writer(stack: ExitStack, output: str | None, kind: str, *, go_on: bool) -> Callable[[dict[str, Any]], None]:
     """A function that writes a line."""
     is_new = True
-    file: TextIO = sys.stdout
+    file: IO[str] = sys.stdout
     if output is None:
         if isinstance(file, io.TextIOWrapper):
             file.reconfigure(errors="backslashreplace")  # names that are no text
@@ -214,9 +217,10 @@ def _watch(
 
     A file is complete if it stays as it is between two looks and can be read, or cannot for a time of grace.
     """
-    with suppress(ValueError):  # outside the main thread
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        stack.callback(signal.signal, signal.SIGTERM, before)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # outside the main thread
+            before = signal.signal(number, signal.default_int_handler)
+            stack.callback(signal.signal, number, signal.SIG_DFL if before is None else before)
     done: dict[Path, tuple[int, int]] = {}
     waiting: dict[Path, tuple[tuple[int, int], float]] = {}  # state, and when it was first seen
     last = time.monotonic()

@@ -213,10 +213,10 @@ class FalseAlarmThreshold(OrderPreservingPostProcessor):
             self._good_scores = CatMetric(nan_strategy="error").to(device)
             self._good_pixels = GoodPixelThreshold(self.pixel_false_alarms).to(device)
         maps, scores, labels = outputs.anomaly_map, outputs.pred_score, outputs.gt_label
-        if labels is None:
-            return
-        if scores is None:
+        if scores is None and maps is not None:
             scores = maps.amax((-2, -1))
+        if labels is None or scores is None:
+            return
         self._good_scores.update(scores.detach().flatten()[labels.flatten() == 0].float())
         if maps is not None and self._good_pixels is not None:
             self._good_pixels.update(scored_pixels(pl_module, maps), labels)

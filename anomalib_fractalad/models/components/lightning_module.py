@@ -100,8 +100,10 @@ class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArgumen
         """Predict maps and scores of a validation batch."""
         del args, kwargs
         predictions: InferenceBatch = self.model(batch.image)
-        return self.within_region(batch.update(**predictions._asdict()))
+        return self.within_region(batch.update(**predictions._asdict()))  # type: ignore[return-value]
 
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def test_step(  # type: ignore[override]
+        self, batch: ImageBatch, *args: Any, **kwargs: Any
+    ) -> STEP_OUTPUT:
         """Predict maps and scores of a test batch."""
         return self.validation_step(batch, *args, **kwargs)

@@ -80,7 +80,7 @@ class RegionModule(_Base):
             check_proportions(region.source_size, [(input_size[1], input_size[0])])
             region.check_size(network_size(self._transform, input_size) or input_size)
 
-    def to_onnx(
+    def to_onnx(  # type: ignore[override]
         self,
         export_root: Path | str,
         model_file_name: str = "model",
