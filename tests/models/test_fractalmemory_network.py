@@ -256,3 +256,13 @@ def test_the_network_is_as_large_as_told() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FractalMemory(**{"backbone": "test_resnet", "pre_trained": False, **arguments})
+
+
+@torch.no_grad()
+def test_the_distance_alone_is_that_of_the_comparison() -> None:
+    network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60)
+    channels = sum(network.teacher.channels)
+    network.memory.fill(torch.randn(60, channels), torch.arange(60))
+    features = network.teacher(torch.rand(2, 3, 64, 96))
+    _, distance = network.compare(features)
+    torch.testing.assert_close(network.distance(features), distance)

@@ -230,7 +230,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         """
         del args, kwargs
         images, inside = self.training_views(batch)
-        owner = self.owners_of(batch).repeat(len(images) // len(batch.image))
+        owner = self.owners_of(batch).repeat(len(images) // batch.batch_size)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
         # Distributed training waits for a gradient of every weight.
         nothing = torch.stack([parameter[:0].sum() for parameter in self.trained_weights]).sum()
@@ -261,7 +261,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         for axis in (-1, -2):
             if torch.rand(()) < 0.5:
                 residual, distance, mask = residual.flip(axis), distance.flip(axis), mask.flip(axis)
-        return self.loss(self.model.trained_head(residual, distance), mask)
+        losses: dict[str, Tensor] = self.loss(self.model.trained_head(residual, distance), mask)
+        return losses
 
     def owners_of(self, batch: ImageBatch) -> Tensor:
         """Numbers of the parts that images show.
@@ -274,7 +275,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         """
         paths = batch.image_path or [f"{self.global_rank} {self.trainer.global_step} {i}" for i in range(len(batch))]
         numbers = [part_number(str(path), self.part_pattern) for path in paths]
-        return torch.tensor(numbers, device=batch.image.device)
+        return torch.tensor(numbers, device=self.device)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Fill the memory when all is gathered, and scale the maps where an epoch or the training ends."""

@@ -48,7 +48,7 @@ class Descriptor(nn.Module):
         Returns:
             (B, C, H_1, W_1), C the sum of C_i, of zero mean and about unit covariance on normal images.
         """
-        means, deviations = self.mean.split(self.channels), self.deviation.split(self.channels)
+        means, deviations = (torch.split(values, self.channels) for values in (self.mean, self.deviation))
         standard = [
             (at_least_float32(level) - mean[:, None, None]) / deviation[:, None, None]
             for level, mean, deviation in zip(features, means, deviations, strict=True)
@@ -72,8 +72,8 @@ def average(features: Sequence[Tensor]) -> Tensor:
     size = tuple(features[1].shape[-2:])
     averages = []
     for level, own in zip(features, (features[1], features[1], features[2]), strict=True):
-        inside = _resize(F.avg_pool2d(torch.ones_like(own[:1, :1]), 3, stride=1, padding=1), size).to(level.dtype)
-        mean = F.avg_pool2d(_resize(level, size), 3, stride=1, padding=1, count_include_pad=False)
+        inside = resize(F.avg_pool2d(torch.ones_like(own[:1, :1]), 3, stride=1, padding=1), size).to(level.dtype)
+        mean = F.avg_pool2d(resize(level, size), 3, stride=1, padding=1, count_include_pad=False)
         averages.append(mean * inside)
     return torch.cat(averages, dim=1)
 
@@ -135,13 +135,34 @@ class FeatureMemory(nn.Module):
         Returns:
             The nearest items, (B, C, H, W).
         """
-        # |q - m|^2 without |q|^2, which all items share.
+        index = self._compare(query, hidden).argmin(dim=1)
+        return F.embedding(index, self.items).permute(0, 3, 1, 2)
+
+    def distance(self, query: Tensor) -> Tensor:
+        """Measure how far the nearest item is, without telling which it is: that takes longer than all the rest.
+
+        Args:
+            query: (B, C, H, W).
+
+        Returns:
+            Root mean square over channels of the difference, (B, 1, H, W).
+        """
+        squared = self._compare(query).amin(dim=1, keepdim=True) + query.square().sum(dim=1, keepdim=True)
+        return (squared / query.shape[1]).clamp(min=1e-12).sqrt()
+
+    def _compare(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """|q - m|^2 without |q|^2, which all items share, (B, N, H, W)."""
         distance = F.conv2d(query, -2 * self.items[..., None, None], self.items.square().sum(dim=1))
         if hidden is not None:
             distance.masked_fill_(hidden[..., None, None], torch.inf)
-        index = distance.argmin(dim=1)
-        return F.embedding(index, self.items).permute(0, 3, 1, 2)
+        return distance
 
 
-def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring maps (B, C, H, W) to a size, bilinearly.
+
+    Args:
+        maps: (B, C, H, W).
+        size: Height and width.
+    """
+    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False)

@@ -9,7 +9,6 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import (
     FrozenTeacher,
@@ -24,7 +23,7 @@ from anomalib_fractalad.models.components import (
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
 from .head import BoundedGate, ResidualHead
-from .memory import Descriptor, FeatureMemory
+from .memory import Descriptor, FeatureMemory, resize
 
 STRIDES = (4, 8, 16)
 
@@ -107,7 +106,9 @@ class FractalMemoryModel(nn.Module):
         Returns:
             The distance, (B, 1, H, W), and with a head the refined distance as a second channel.
         """
-        return self._maps(*self.compare(self.teacher(images)), images.shape[-2:])
+        features = self.teacher(images)
+        residual, distance = (None, self.distance(features)) if self.head is None else self.compare(features)
+        return self._maps(residual, distance, images.shape[-2:])
 
     def refined_map(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Predict scores and maps of images that have been compared.
@@ -122,17 +123,17 @@ class FractalMemoryModel(nn.Module):
         """
         return self._smoothed(self._maps(residual, distance, size))
 
-    def _maps(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> Tensor:
-        # As fine as the head's logit. An exported upsample smooths, too, so that it is called on the last way alone.
-        fine = F.interpolate(distance, scale_factor=2.0, mode="bilinear", align_corners=False)
+    def _maps(self, residual: Tensor | None, distance: Tensor, size: Sequence[int]) -> Tensor:
+        # As fine as the head's logit. An export smooths in the same product that it upsamples in: this is not for it.
+        fine = resize(distance, [2 * side for side in distance.shape[-2:]])
         maps = [fine]
-        if self.head is not None:
+        if self.head is not None and residual is not None:
             maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
         """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
-        distance, *others = [self.smooth(at_least_float32(channel)) for channel in maps.split(1, dim=1)]
+        distance, *others = [self.smooth(at_least_float32(channel)) for channel in torch.split(maps, 1, dim=1)]
         refined = others[0] if others else distance
         return self.score(distance, region).log1p(), refined.log1p()
 
@@ -140,6 +141,18 @@ class FractalMemoryModel(nn.Module):
     def trained_head(self) -> "ResidualHead":
         """The head of a network that has one."""
         return cast("ResidualHead", self.head)
+
+    def distance(self, features: Sequence[Tensor]) -> Tensor:
+        """Measure the distance from the memory, in full precision; the same as :meth:`compare`'s.
+
+        Args:
+            features: The teacher's, (B, C_i, H_i, W_i) for each level.
+
+        Returns:
+            (B, 1, H, W).
+        """
+        with torch.autocast(features[0].device.type, enabled=False):
+            return self.memory.distance(self.descriptor(features))
 
     def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compare features with the memory, in full precision.
