@@ -40,7 +40,7 @@ def soak(
     num_workers: int = 2,
     threads: int = 1,
 ) -> bool:
-    """Train, test, predict and export the three models in turn until the time is up; then say whether resources grow.
+    """Train, test, predict and export all models in turn until the time is up; then say whether resources grow.
 
     A round is one epoch of each model on SurfaceDefects, test and prediction of its test images, export to torch, ONNX
     and OpenVINO, and a prediction by each exported model. After each round and a garbage collection, a row of resources

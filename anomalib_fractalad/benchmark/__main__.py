@@ -6,7 +6,6 @@ Run as ``anomalib-fractalad compare --config configs/benchmark.yaml``.
 
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def _tell_failures(jobs: list[Job], output: Path) -> None:
                 print(f"{job}: {runtime}: {values['reason']}")
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "python -m anomalib_fractalad.benchmark") -> None:
+def main(arguments: list[str] | None = None, prog: str = "python -m anomalib_fractalad.benchmark") -> None:
     """Run the command; a mistake in the configuration is told in one line.
 
     Args:

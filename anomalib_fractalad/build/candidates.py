@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .look import Look
@@ -123,7 +123,7 @@ def _read(file: Path) -> Sequence[dict[str, Any]]:
 
 
 def _suits(entry: Mapping[str, Any], found: Look) -> bool:
-    return entry.get("suits", found.kind) == found.kind and min(found.size) > entry.get("larger_than", 0)
+    return bool(entry.get("suits", found.kind) == found.kind and min(found.size) > entry.get("larger_than", 0))
 
 
 def _candidate(entry: Mapping[str, Any], found: Look, common: Mapping[str, Any]) -> Candidate:

@@ -4,10 +4,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +76,7 @@ def evaluate(
         masks=[Path(str(trial.mask)) for trial in bad],
         batch_size=batch_size,
     )
-    data.test_augmentations = model.pre_processor.transform
+    data.test_augmentations = cast("PreProcessor", model.pre_processor).transform
     data.setup()
     device = device_of(accelerator)
     ways = {way: None if way is None else ImageScore(way) for way in (scores or (None,))}  # type: ignore[arg-type]

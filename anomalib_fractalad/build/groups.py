@@ -186,7 +186,9 @@ def two_kinds(small: Images) -> list[int]:
         return [0] * len(rows)
     criteria = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 50, 1e-3)
     cv2.setRNGSeed(0)
-    _, labels, centers = cv2.kmeans(rows.astype(np.float32), 2, None, criteria, 3, cv2.KMEANS_PP_CENTERS)
+    _, labels, centers = cv2.kmeans(
+        rows.astype(np.float32), 2, np.empty(0, np.int32), criteria, 3, cv2.KMEANS_PP_CENTERS
+    )
     labels = labels.ravel()
     along = rows @ (centers[1] - centers[0])
     first, second = along[labels == 0], along[labels == 1]

@@ -191,7 +191,7 @@ def _overviews(files: Sequence[Path]) -> tuple[dict[Path, Overview | None], dict
 
 
 def _gray(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    return small.mean(axis=3, dtype=np.float32)
+    return np.asarray(small.mean(axis=3, dtype=np.float32))
 
 
 def _kind(small: npt.NDArray[np.uint8]) -> Kind:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import yaml
 from anomalib.data import AnomalibDataModule
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
 from lightning import seed_everything
 
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
@@ -192,7 +192,11 @@ class _Build:
         """The chosen model, trained and calibrated, and its data."""
         request = self._request
         files = sorted([*dealt.train, *dealt.held])
-        lists = {"batch_size": chosen.batch_size, "workers": self._workers(found), "name": request.output.name}
+        lists: dict[str, Any] = {
+            "batch_size": chosen.batch_size,
+            "workers": self._workers(found),
+            "name": request.output.name,
+        }
         effort = 1.0 if chosen.steps is None else choice["plan"]["effort"]
         length = trainer_length(chosen, len(files), effort)
         post_processor = self._post_processor(dealt)

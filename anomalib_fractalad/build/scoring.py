@@ -5,13 +5,14 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def _score(
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """Give each row its path and score; maps at a small size, by path."""
     data = data_module([], [Path(path) for path in known])
-    data.test_augmentations = model.pre_processor.transform
+    data.test_augmentations = cast("PreProcessor", model.pre_processor).transform
     data.setup()
     device = device_of(accelerator)
     model.to(device).eval()

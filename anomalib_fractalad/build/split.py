@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anomalib.data import Tabular
 
@@ -86,7 +87,8 @@ def split(found: Look, false_alarms: float | None = None, seed: int = 0) -> Spli
             f"The {len(calibration)} calibration images show {parts} parts, and images of one part are alike: "
             f"that at most {rate:.2%} of good images raise an alarm is sure of {images_needed(rate)} parts alone."
         )
-    return Split(*(tuple(sorted(files)) for files in (train, held, calibration)), rate, tuple(warnings))
+    train_files, held_files, calibration_files = (tuple(sorted(files)) for files in (train, held, calibration))
+    return Split(train_files, held_files, calibration_files, rate, tuple(warnings))
 
 
 def _rate(count: int, asked: float | None) -> tuple[float, list[str]]:
@@ -157,10 +159,10 @@ def table(
     name: str = "part",
     batch_size: int = 8,
     workers: int = 0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Arguments of anomalib's Tabular as plain data, as :func:`data_module` makes it of lists of images."""
     files = [*train, *good, *bad]
-    samples: dict[str, list[object]] = {
+    samples: dict[str, list[Any]] = {
         "image_path": [str(file.resolve()) for file in files],
         "label_index": [0] * (len(train) + len(good)) + [1] * len(bad),
         "split": ["train"] * len(train) + ["test"] * (len(good) + len(bad)),

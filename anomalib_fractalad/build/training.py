@@ -11,7 +11,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule
+from anomalib.models.components import AnomalibModule
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 

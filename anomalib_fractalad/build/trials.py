@@ -104,7 +104,8 @@ def read_small(file: Path) -> Tensor:
     height, width = image.shape[-2:]
     scale = min(1.0, _LONGEST / max(height, width))
     size = [max(SMALLEST, round(length * scale)) for length in (height, width)]
-    return to_dtype(resize(image, size, antialias=True), torch.float32, scale=True)
+    small: Tensor = to_dtype(resize(image, size, antialias=True), torch.float32, scale=True)
+    return small
 
 
 def _place(image: Tensor, kind: Kind, region: Callable[[tuple[int, int]], Tensor] | None) -> Tensor | None:

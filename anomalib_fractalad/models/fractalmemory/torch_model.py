@@ -152,7 +152,7 @@ class FractalMemoryModel(nn.Module):
             (B, 1, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            return cast("FeatureMemory", self.memory).distance(self.descriptor(features))
+            return self.memory.distance(self.descriptor(features))
 
     def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compare features with the memory, in full precision.
