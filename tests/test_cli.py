@@ -159,7 +159,7 @@ def test_the_command_in_each_config_file(config: Path, tmp_path: Path, monkeypat
         *(*SMALL, "--default_root_dir", tmp_path, "--data.init_args.root", tmp_path / "data"),
         run=False,
     )
-    expected = {"aand": AAND, "adps": ADPS, "fractalmemory": FractalMemory, "recommended": FractalMemory}.get(
+    expected = {"aand": AAND, "adps": ADPS, "quickstart": FractalMemory, "recommended": FractalMemory}.get(
         config.stem.partition("_")[0], FractalAD
     )
     assert type(program.model) is expected
