@@ -31,6 +31,8 @@ from anomalib_fractalad.benchmark.record import Record, is_missing, record_of
 from anomalib_fractalad.benchmark.runner import begin, run_in_process
 from anomalib_fractalad.benchmark.speed import nothing_clamped
 
+pytestmark = pytest.mark.slow
+
 PADIM = {
     "class_path": "Padim",
     "init_args": {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "n_features": 8},

@@ -9,6 +9,7 @@ from anomalib.data import Folder
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_two_rounds(
     tmp_path: Path,
     tiles: Folder,

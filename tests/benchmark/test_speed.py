@@ -60,6 +60,7 @@ def test_the_memory_comparison_keeps_gradients_everywhere(keep: bool) -> None:
         assert all((parameter.grad is not None) == keep for parameter in part.parameters())
 
 
+@pytest.mark.slow
 def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model in every runtime, PatchCore too, with the scores of torch in OpenVINO FP32."""
     memories, maps, rates = [], [], []

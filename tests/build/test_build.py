@@ -32,6 +32,8 @@ from anomalib_fractalad.build.trials import Trial, make_trials
 from anomalib_fractalad.image_files import read_mask
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ("good", "bad", "synthetic")
 CANDIDATES = """
 - name: fine

@@ -89,6 +89,7 @@ def test_command_line_finds_it(name: str, tmp_path: Path) -> None:
     assert data.root == tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_write_what_one_writes(
     tmp_path: Path, written: tuple[SurfaceDefects, Path, dict[str, bytes]]
 ) -> None:

@@ -161,6 +161,7 @@ def exported(trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFacto
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_exported_once(name: str, trained: dict[str, Trained], exported: dict[str, Path]) -> None:
     weights = sum(tensor.nbytes for tensor in trained[name].model.state_dict().values())
@@ -193,6 +194,7 @@ def collect(predictions: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(scores), torch.tensor(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_images_score_the_same_everywhere(
     name: str,
@@ -223,6 +225,7 @@ def test_images_score_the_same_everywhere(
         assert torch.equal(labels_there[decided], labels[decided]), runtime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_in_training_mode_after_an_export(name: str, tiles: Folder, tmp_path: Path) -> None:
     extra = {"ADPS": {"patches": 2}, "FractalMemory": {"head": True}}.get(name, {})
@@ -243,6 +246,7 @@ FIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_for_one_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pre-processor that keeps proportions, and for one size of image only."""
@@ -260,6 +264,7 @@ def test_an_export_for_one_size(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert_same_prediction(OpenVINOInferencer(file, "CPU", FLOAT32).predict(images), expected)
 
 
+@pytest.mark.slow
 def test_a_shorter_side_is_exported_for_any_size(tmp_path: Path) -> None:
     transform = Resize(64, max_size=90)
     off = OrderPreservingPostProcessor(enable_normalization=False, enable_thresholding=False)

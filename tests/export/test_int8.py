@@ -75,6 +75,7 @@ def test_choices_come_out_as_they_would(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(ours), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_is_for_convolutions_between_features(name: str, tiles: Folder, tmp_path: Path) -> None:
     model = small_model(name)
@@ -152,6 +153,7 @@ def has_eight_bits(value: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_the_other_kinds_of_int8_take_the_same_convolutions(tiles: Folder, tmp_path: Path) -> None:
     """And a network of one size and batch is calibrated with images of another size."""
     model = small_model("FractalAD")

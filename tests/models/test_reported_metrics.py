@@ -13,6 +13,8 @@ from test_all_models import small_model
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
 
+pytestmark = pytest.mark.slow
+
 METRICS = ("pixel_AUROC", "pixel_AUPR", "pixel_AUPRO", "image_AUROC")
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import save
 from PIL import Image
 
@@ -65,6 +66,7 @@ attempt(lambda: runner.predict(model, data_path=root / "\u90e8\u54c1"))
 """
 
 
+@pytest.mark.slow
 def test_padim_is_the_same_with_and_without_the_package(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for i in range(12):
