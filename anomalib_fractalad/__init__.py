@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from anomalib_fractalad.post_processing import FalseAlarmThreshold
     from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AAND",
     "ADPS",
