@@ -93,8 +93,8 @@ class PartTimer(Callback):
         """Add up the time that a step spends in a function of the anomaly generator."""
         original = getattr(module, function)
 
-        def timed(images: Tensor) -> Any:
-            elapsed, result = _time(lambda: original(images), images.device)
+        def timed(images: Tensor, *region: Tensor | None) -> Any:
+            elapsed, result = _time(lambda: original(images, *region), images.device)
             self.anomalies += elapsed
             return result
 

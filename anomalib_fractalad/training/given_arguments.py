@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 COMPONENTS = ("pre_processor", "post_processor", "evaluator", "visualizer")
 _BUILDERS = {"jsonargparse", "lightning.pytorch.cli"}
