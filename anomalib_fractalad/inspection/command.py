@@ -126,22 +126,23 @@ def inspect_main(
     def look() -> list[Path]:
         return find_images(given.images, [folder] if folder else [])
 
-    counts = dict.fromkeys(("good", "anomalous", "unreadable"), 0)
+    counts, failed = dict.fromkeys(("good", "anomalous", "unreadable"), 0), False
     with ExitStack() as stack:
         try:
             write = _writer(stack, given.output, given.format, go_on=given.watch)
         except OSError as error:
             parser.error(f"--output: {_one_line(error)}")
-        stack.enter_context(suppress(KeyboardInterrupt))
+        stack.enter_context(suppress(KeyboardInterrupt, BrokenPipeError))
         rows = _watch(stack, look, inspect, given) if given.watch else map(inspect, look())
         for row in rows:
             write(row)
             counts[row["decision"]] += 1
+            failed = failed or row["error"] is not None
     if not any(counts.values()):
         print(f"error: there is no image in {', '.join(given.images)}", file=sys.stderr)
         return FAILED
     print(", ".join(f"{count} {name}" for name, count in counts.items()), file=sys.stderr)
-    if counts["unreadable"]:
+    if failed:
         return FAILED
     return SOME_ANOMALOUS if counts["anomalous"] else ALL_GOOD
 

@@ -217,7 +217,9 @@ class FalseAlarmThreshold(OrderPreservingPostProcessor):
             scores = maps.amax((-2, -1))
         if labels is None or scores is None:
             return
-        self._good_scores.update(scores.detach().flatten()[labels.flatten() == 0].float())
+        # Bad images count as minus infinity: torchmetrics cannot gather from a process that has nothing.
+        good = scores.detach().flatten().float().where(labels.flatten() == 0, -torch.inf)
+        self._good_scores.update(good)
         if maps is not None and self._good_pixels is not None:
             self._good_pixels.update(scored_pixels(pl_module, maps), labels)
 
@@ -242,6 +244,7 @@ class FalseAlarmThreshold(OrderPreservingPostProcessor):
 
     def _calibrate_images(self, scores: Tensor | list[Tensor]) -> None:
         scores = torch.as_tensor(scores).flatten()
+        scores = scores[scores != -torch.inf]
         count = len(scores)
         rank = self._rank(count)
         threshold = scores.sort().values[rank - 1]
