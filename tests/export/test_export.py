@@ -53,7 +53,7 @@ DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95,
 EXTRA: dict[str, dict[str, Any]] = {
     "ADPS": {"patches": 2, "split_layers": [4], "smoothing": 2.0, "learning_rate": 1e-3},
     "FractalAD": {"score": "top"},
-    "FractalMemory": {"head": True, "memory_size": 300, "reservoir_size": 2000},
+    "FractalMemory": {"head": True, "memory_size": 60, "reservoir_size": 2000},
 }
 
 # Every exporter in turn; the slow part of three of them, the same each time, is done once.
