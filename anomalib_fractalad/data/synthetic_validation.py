@@ -64,7 +64,7 @@ class SyntheticValidation(AnomalibDataModule):
         self.generator = generator or FractalAnomalyGenerator()
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The other data module's name."""
         return str(self.data.name)
 
