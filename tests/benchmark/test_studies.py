@@ -5,16 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
 import pytest
 import torch
 from anomalib.models import AnomalibModule
 from bootstrap_by_tile import bootstrap_by_tile
 from choose_between_methods import choose_between_methods
+from choose_by_synthetic_defects import choose_by_synthetic_defects
 from choose_length import choose_length
 from choose_stages import choose_stages
 from common import figures, make_defects, predict
-from conftest import make_tiles, small_engine
+from conftest import make_tiles, save, small_engine
 from int8_on_new_images import int8_on_new_images
 from openvino import opset13
 from split_by_tile import split_by_tile
@@ -144,3 +146,27 @@ def test_predict_gives_raw_maps(aand: Path) -> None:
     maps, scores = predict(model, torch.rand(2, 3, 96, 96))
     assert maps.shape == (2, 1, 96, 96)
     assert scores.shape == (2,)
+
+
+def test_the_choice_is_compared_with_real_images(
+    tile_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "tiles"
+    for folder in ("test", "ground_truth"):
+        (root / folder).parent.mkdir(exist_ok=True)
+        (root / folder).symlink_to(tile_root / folder)
+    random = np.random.default_rng(0)
+    for index in range(22):
+        image = 120 + 40 * np.sin(np.arange(SIZE) / 2 + random.uniform(0, 6)) + random.normal(0, 6, (SIZE, SIZE))
+        save(image, root / "train/good" / f"{index:02}.png")
+    arguments = "{memory_size: 40, reservoir_size: 400, pre_trained: false}"
+    candidate = f"- {{name: memory, size: 64, model: {{class_path: FractalMemory, init_args: {arguments}}}}}"
+    (tmp_path / "candidates.yaml").write_text(candidate)
+    choose_by_synthetic_defects([root], tmp_path, tmp_path / "candidates.yaml", backbone="test_resnet")
+    figures = json.loads((tmp_path / "results.json").read_text())["tiles"]["memory"]
+    assert figures["real image AUROC"] > 0.9
+    assert 0.5 < figures["synthetic image AUROC"] < 1
+    assert figures["synthetic quality"] == pytest.approx(
+        (figures["synthetic image AUROC"] + figures["synthetic pixel AP"]) / 2
+    )
+    assert "tiles memory" in capsys.readouterr().out
