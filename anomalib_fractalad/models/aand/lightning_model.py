@@ -186,7 +186,7 @@ class AAND(StagedTraining, AnomalibModule):
         loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
         return loss + self.nothing_of_idle_weights()
 
-    def _amplify(self, images: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
+    def _amplify(self, images: Tensor, inside: Tensor | None = None) -> dict[str, Tensor]:
         foreground = torch.ones_like(images[:, :1], dtype=torch.bool) if inside is None else inside
         if self.object_mode and inside is None:
             foreground = object_mask(images)
