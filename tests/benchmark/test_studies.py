@@ -40,6 +40,7 @@ def aand(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(model, tile_root, tmp_path_factory.mktemp("aand"), epochs=2)
 
 
+@pytest.mark.slow
 def test_what_is_chosen_for_aand(aand: Path, tile_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tile_root / "train/good"
     by_stages = choose_stages(aand, images, kinds=("bright", "crack"), every=1, first=0, size=SIZE)

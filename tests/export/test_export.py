@@ -284,6 +284,7 @@ def test_a_shorter_side_is_exported_for_any_size(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_without_a_pre_processor_fractalad_takes_any_size_and_batch(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
