@@ -244,7 +244,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         parts = self._segment(images[learned], owner[learned], None if inside is None else inside[learned])
         return self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
 
-    def _segment(self, images: Tensor, owner: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
+    def _segment(self, images: Tensor, owner: Tensor, inside: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of anomalous and of some normal images, each compared with a memory without its own part."""
         anomalous, mask = self.generator(images)
         if inside is not None:
