@@ -37,7 +37,8 @@ def object_mask(
         Boolean masks ``(B, 1, H, W)``, true on the object.
     """
     gray = rgb_to_grayscale(images) if images.shape[1] == 3 else images
-    gray = interpolate(gray.float(), (size, size), mode="bilinear", align_corners=False)
+    # Of other strides, the last digits differ, and with them what is rounded.
+    gray = interpolate(gray.float().contiguous(), (size, size), mode="bilinear", align_corners=False)
     levels = _box_filter((255 * gray).round(), kernel_size, "reflect").round()
     background = levels[..., :corner, :corner].mean(dim=(-2, -1), keepdim=True).floor()
     is_object = torch.where(background > 128, levels <= background - darker, levels > background + brighter)

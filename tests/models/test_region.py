@@ -2,6 +2,7 @@
 """A region of interest: what lies outside is neither trained on nor scored nor shown."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from anomalib_fractalad.image_files import UnreadableImageError
 from anomalib_fractalad.inspection import Inspector
 from anomalib_fractalad.models.components import ImageScore, RegionOfInterest, record
 from anomalib_fractalad.models.components.region import OUTSIDE, check_roi, read_roi
+from anomalib_fractalad.models.fractalmemory.gathering import Gathering
+from anomalib_fractalad.models.fractalmemory.stages import StagePlan
 from anomalib_fractalad.registration import MODELS
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
@@ -40,6 +43,7 @@ def with_other_outside(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.from_numpy(INSIDE), images, torch.rand_like(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_outside_counts_for_nothing(
     name: str, roi: Path, tile_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,7 +53,8 @@ def test_outside_counts_for_nothing(
     pre_processor = getattr(anomalib_fractalad, name).configure_pre_processor(size)
     mask = tmp_path / "roi.png"
     mask.write_bytes(roi.read_bytes())
-    model = small_model(name, roi=mask, pre_processor=pre_processor)
+    distance_alone = {"head": False, "score": "max"} if name == "FractalMemory" else {}
+    model = small_model(name, roi=mask, pre_processor=pre_processor, **distance_alone)
     engine = small_engine(tmp_path, max_epochs=2)
     engine.fit(model, datamodule=make_tiles(tile_root))
     images = torch.rand(2, 3, SIZE, SIZE)
@@ -105,7 +110,24 @@ def test_outside_counts_for_nothing(
         torch.testing.assert_close(torch_map, reference.anomaly_map[0, 0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_the_memory_gathers_nothing_from_outside(roi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("FractalMemory", roi=roi)
+    monkeypatch.setattr(type(model), "trainer", SimpleNamespace(global_step=0, global_rank=0))
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model.plan = StagePlan(5, 0)
+    images = torch.rand(4, 3, SIZE, SIZE)
+    gathered = []
+    for variant in (images, with_other_outside(images)):
+        torch.manual_seed(1)
+        model._gathering = Gathering(model.model.teacher.channels, 40, model.device)
+        model.training_step(ImageBatch(image=variant, gt_label=torch.zeros(4, dtype=torch.bool)))
+        gathered.append([*model._gathering.moments.buffers(), *model._gathering.reservoir.buffers()])
+    assert gathered[0][0].min() > 0
+    for one, other in zip(*gathered, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["FractalAD", "ADPS", "AAND"])
 def test_training_sees_nothing_outside(name: str, roi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever lies outside, the loss is the same, and so are the anomalies, which lie inside; also on tiles."""
     model = small_model(name, roi=roi)
