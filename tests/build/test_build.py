@@ -185,7 +185,7 @@ def test_stopped_it_goes_on_and_comes_to_the_same(built: SimpleNamespace) -> Non
             build_part(built.root / "good", **given, progress=Stopping(place))
         assert signal.getsignal(signal.SIGINT) is handler
     build_part(built.root / "good", **given, progress=Progress(None))
-    assert_same(built.part / "work/model.ckpt", built.root / "part2/work/model.ckpt")
+    assert_same(built.part / "work" / "model.ckpt", built.root / "part2" / "work" / "model.ckpt")
     ours, theirs = (report_content(built.root / name / "report.html")["images"] for name in ("part1", "part2"))
     assert [row["score"] for row in ours] == [row["score"] for row in theirs]
 
@@ -215,7 +215,7 @@ def test_anomalib_trains_the_same_model(built: SimpleNamespace, tmp_path: Path) 
 def test_mistakes(built: SimpleNamespace, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_part(built.root / "good", tmp_path / "part", **options(built.root, **changes), progress=Progress(None))
-    assert not (tmp_path / "part/work/choice").exists()
+    assert not (tmp_path / "part" / "work" / "choice").exists()
     (tmp_path / "own").mkdir()
     (tmp_path / "own/notes.txt").touch()
     with pytest.raises(ValueError, match="own holds files that are of no build; give a new folder"):
@@ -336,7 +336,7 @@ def test_region_and_f1(built: SimpleNamespace, tmp_path: Path) -> None:
     report = build_part(built.root / "good", tmp_path / "part", **options(built.root, **given), progress=Progress(None))
     content = report_content(report)
     assert content["choice"]["why"] == "the only candidate"
-    model = FractalMemory.load_from_checkpoint(tmp_path / "part/work/model.ckpt", visualizer=False).eval()
+    model = FractalMemory.load_from_checkpoint(tmp_path / "part" / "work" / "model.ckpt", visualizer=False).eval()
     images = torch.rand(2, 3, 64, 64)
     images[1, ..., 16:] = images[0, ..., 16:]
     found = model.model(images)
