@@ -80,7 +80,7 @@ def make_tiles(root: Path, num_workers: int = 0) -> Folder:
     return Folder(**{**tile_arguments(root), "num_workers": num_workers}, train_batch_size=4, eval_batch_size=4)
 
 
-def run_script(script: Path, *arguments: Path, timeout: float = 1000) -> None:
+def run_script(script: Path, *arguments: Path) -> None:
     """Run a script of the tests in a process of its own, with the tests' modules at hand."""
     tests = Path(__file__).parent
     done = subprocess.run(
@@ -89,7 +89,7 @@ def run_script(script: Path, *arguments: Path, timeout: float = 1000) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -126,28 +126,9 @@ def _shuffled_parts(found: Look, seed: int) -> list[list[Path]]:
     return [[found.files[index] for index in part] for _, part in sorted(placed, key=lambda entry: entry[0])]
 
 
-def data_module(
-    train: Sequence[Path],
-    good: Sequence[Path] = (),
-    bad: Sequence[Path] = (),
-    *,
-    masks: Sequence[Path] = (),
-    name: str = "part",
-    batch_size: int = 8,
-    workers: int = 0,
-) -> Tabular:
-    """Make anomalib's data module of lists of images.
-
-    Args:
-        train: Good images to train on.
-        good: Good images to validate and test on.
-        bad: Bad images to validate and test on.
-        masks: A mask for each bad image, or none.
-        name: Name of the data.
-        batch_size: Images in a batch.
-        workers: Processes that read images.
-    """
-    return Tabular(**table(train, good, bad, masks=masks, name=name, batch_size=batch_size, workers=workers))
+def data_module(*images: Sequence[Path], **options: Any) -> Tabular:
+    """Make anomalib's data module of lists of images; see :func:`table`, whose arguments it takes."""
+    return Tabular(**table(*images, **options))
 
 
 def table(
@@ -160,7 +141,17 @@ def table(
     batch_size: int = 8,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of anomalib's Tabular as plain data, as :func:`data_module` makes it of lists of images."""
+    """Arguments of anomalib's Tabular, as plain data, of lists of images.
+
+    Args:
+        train: Good images to train on.
+        good: Good images to validate and test on.
+        bad: Bad images to validate and test on.
+        masks: A mask for each bad image, or none.
+        name: Name of the data.
+        batch_size: Images in a batch.
+        workers: Processes that read images.
+    """
     files = [*train, *good, *bad]
     samples: dict[str, list[Any]] = {
         "image_path": [str(file.resolve()) for file in files],
