@@ -488,8 +488,8 @@ def test_cuda_agrees_with_cpu(object_mode: bool) -> None:
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        (torch.rand(3, 64, 64) * 2 - 1, ValueError, "before normalisation"),
-        (torch.full((3, 64, 64), float("nan")), ValueError, "before normalisation"),
+        (torch.rand(3, 64, 64) * 2 - 1, ValueError, "before normalization"),
+        (torch.full((3, 64, 64), float("nan")), ValueError, "before normalization"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), TypeError, "uint8"),
         (torch.zeros(1, 64, 64, dtype=torch.bool), TypeError, "bool"),
         (tv_tensors.Mask(torch.zeros(2, 1, 64, 64)), TypeError, "mask"),

@@ -238,10 +238,12 @@ class FractalMemory(OneClassModule, AnomalibModule):
         if self.stage is Stage.GATHERING:
             gathering.add(self.model.teacher, images, owner)
             return nothing
-        learned = ~torch.isin(owner, gathering.held_owners)
-        if not learned.any():
+        # On the CPU, where the numbers of parts are: nothing waits for an accelerator.
+        learned = (~torch.isin(owner, gathering.held_owners)).nonzero().squeeze(1)
+        if not len(learned):
             return nothing
-        parts = self._segment(images[learned], owner[learned], None if inside is None else inside[learned])
+        rows = learned.to(self.device, non_blocking=True)
+        parts = self._segment(images[rows], owner[learned], None if inside is None else inside[rows])
         return self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
 
     def _segment(self, images: Tensor, owner: Tensor, inside: Tensor | None = None) -> dict[str, Tensor]:
@@ -249,8 +251,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         anomalous, mask = self.generator(images)
         if inside is not None:
             anomalous, mask = torch.where(inside, anomalous, images), mask * inside
-        normal = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)].to(images.device)
-        owner = torch.cat([owner, owner[normal]])
+        chosen = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)]
+        owner = torch.cat([owner, owner[chosen]])
+        normal = chosen.to(images.device, non_blocking=True)
         mask = torch.cat([mask, torch.zeros_like(mask[normal])])
         with torch.no_grad():
             features = self.model.teacher(torch.cat([anomalous, images[normal]]))
@@ -271,11 +274,11 @@ class FractalMemory(OneClassModule, AnomalibModule):
             batch: Images with their paths.
 
         Returns:
-            (B,), equal for images of one part.
+            (B,), on the CPU, equal for images of one part.
         """
         paths = batch.image_path or [f"{self.global_rank} {self.trainer.global_step} {i}" for i in range(len(batch))]
         numbers = [part_number(str(path), self.part_pattern) for path in paths]
-        return torch.tensor(numbers, device=self.device)
+        return torch.tensor(numbers)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Fill the memory when all is gathered, and scale the maps where an epoch or the training ends."""
