@@ -24,6 +24,7 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
 
     Args:
         size: Range of the region's side, as a share of the image's shorter side; drawn evenly on a logarithmic scale.
+            This and the next two are ``SIZE``, ``SOFTNESS`` and ``OPACITY`` of the kind of anomaly where left out.
         softness: Range of the width in pixels of the region's soft edge.
         opacity: Range of how much of the change is blended in.
 
@@ -31,24 +32,25 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
         ValueError: If a range is not ascending, or outside (0, 1] for ``size`` and ``opacity``.
     """
 
+    SIZE: tuple[float, float] = (0.04, 0.5)
+    SOFTNESS: tuple[float, float] = (0.3, 2.0)
+    OPACITY: tuple[float, float] = (0.6, 1.0)
+
     def __init__(
         self,
-        size: tuple[float, float] = (0.04, 0.5),
-        softness: tuple[float, float] = (0.3, 2.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
+        size: tuple[float, float] | None = None,
+        softness: tuple[float, float] | None = None,
+        opacity: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        for name, (low, high), most in (
-            ("size", size, 1.0),
-            ("softness", softness, math.inf),
-            ("opacity", opacity, 1.0),
-        ):
+        self.size = self.SIZE if size is None else size
+        self.softness = self.SOFTNESS if softness is None else softness
+        self.opacity = self.OPACITY if opacity is None else opacity
+        for name, most in {"size": 1.0, "softness": math.inf, "opacity": 1.0}.items():
+            low, high = getattr(self, name)
             if not 0 < low <= high <= most:
                 msg = f"{name}={(low, high)}: two ascending values above 0 and at most {most:g} are needed."
                 raise ValueError(msg)
-        self.size = size
-        self.softness = softness
-        self.opacity = opacity
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,13 +151,8 @@ class CutPasteAnomalyGenerator(RegionAnomalyGenerator):
 class WarpAnomalyGenerator(RegionAnomalyGenerator):
     """Bend and shift what lies in the region."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.06, 0.5),
-        softness: tuple[float, float] = (4.0, 12.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.06, 0.5)
+    SOFTNESS = (4.0, 12.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the displacement, in halves of the image's sides."""
@@ -197,13 +194,9 @@ class EraseAnomalyGenerator(RegionAnomalyGenerator):
 class RecolorAnomalyGenerator(RegionAnomalyGenerator):
     """Change contrast, brightness and hue of the region, at times of the whole foreground."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.05, 0.9),
-        softness: tuple[float, float] = (1.0, 6.0),
-        opacity: tuple[float, float] = (1.0, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.05, 0.9)
+    SOFTNESS = (1.0, 6.0)
+    OPACITY = (1.0, 1.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw gains and offsets."""
@@ -226,13 +219,8 @@ class RecolorAnomalyGenerator(RegionAnomalyGenerator):
 class SwirlAnomalyGenerator(RegionAnomalyGenerator):
     """Turn what lies in the region, most at its center."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.15, 0.6),
-        softness: tuple[float, float] = (12.0, 30.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.15, 0.6)
+    SOFTNESS = (12.0, 30.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the angle in radians at the center."""
@@ -260,13 +248,9 @@ class ScratchAnomalyGenerator(RegionAnomalyGenerator):
         opacity: Range of the change in brightness.
     """
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.1, 0.6),
-        softness: tuple[float, float] = (0.5, 1.5),
-        opacity: tuple[float, float] = (0.1, 0.5),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.1, 0.6)
+    SOFTNESS = (0.5, 1.5)
+    OPACITY = (0.1, 0.5)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the width in pixels, the waves, and whether the line is bright."""

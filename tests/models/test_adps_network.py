@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.adps import ADPSModel
 from anomalib_fractalad.models.adps.loss import AsymmetricDistillationLoss, FocalLoss
-from anomalib_fractalad.models.adps.torch_model import PatchStudent, PostSegmentation, join, split, weight_mask_block
+from anomalib_fractalad.models.adps.student import PatchStudent, join, split
+from anomalib_fractalad.models.adps.torch_model import PostSegmentation, weight_mask_block
 from anomalib_fractalad.models.components import Backbone, cosine_distance
 
 STRIDES = (4, 8, 16)

@@ -6,19 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import Conv2dNormActivation
 
 from anomalib_fractalad.models.components import (
+    AnomalyNetwork,
     Backbone,
     FrozenTeacher,
     ImageScore,
     Reduction,
-    RegionOfInterest,
-    TileByTile,
     Upsample,
     cosine_distance,
 )
@@ -28,7 +25,7 @@ STRIDES = (4, 8, 16, 32)
 _conv_norm_relu = partial(Conv2dNormActivation, bias=True)
 
 
-class FractalADModel(nn.Module):
+class FractalADModel(AnomalyNetwork):
     """Segmentation of anomalies from a student's features, weighted by their distance to a frozen teacher's.
 
     FractalAD (arXiv 2301.12739), section III.
@@ -41,17 +38,10 @@ class FractalADModel(nn.Module):
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
-    Attributes:
-        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
-        region: What of the images counts, where not all does.
-
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
-
-    tiler: Tiler | None = None
-    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -62,29 +52,10 @@ class FractalADModel(nn.Module):
         top_share: float = 0.005,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__()
-        self.register_module("region", None)
-        self.score = ImageScore(score, top_share)
+        super().__init__(ImageScore(score, top_share))
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
         self.head = SegmentationHead(self.teacher.channels)
-        self.by_tiles = TileByTile()
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Predict anomaly maps and image scores.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
-        """
-        if self.region is not None:
-            images = self.region.hide(images)
-        anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
-        if self.region is not None:
-            anomaly_map = self.region.lower(anomaly_map)
-        return InferenceBatch(pred_score=self.score(anomaly_map, self.region), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole.

@@ -25,7 +25,7 @@ from anomalib_fractalad.models.components import (
     Reduction,
     check_count,
     check_positive,
-    record,
+    recorded,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
@@ -73,12 +73,13 @@ class FractalMemory(OneClassModule, AnomalibModule):
         roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
             outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
-        post_processor: Post-processor, or whether to use anomalib's default.
+        post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone is unknown or lacks a feature level.
+        ValueError: If an argument is out of range, part_pattern is no regular expression, or the backbone is unknown or
+            lacks a level at stride 4, 8 or 16.
         RuntimeError: If the pre-trained weights cannot be loaded.
 
     Example:
@@ -125,8 +126,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
             raise ValueError(msg)
         check_pattern(part_pattern)
-        weights = None if weights is None else str(weights)
-        roi = None if roi is None else record(roi)  # which a checkpoint holds
+        weights, roi = recorded(weights, roi)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
