@@ -160,7 +160,7 @@ class _Tear(NamedTuple):
         return cls(center, heading, half, distance, ends)
 
     def end_threads(self, radii: tuple[Array, Array], threads: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Radii of warp and weft that taper off towards the cut."""
+        """Radii of warp and weft that taper off toward the cut."""
         warp, weft = (
             radius * np.sqrt(smoothstep(0.8, 1.15, self.distance / ends[index]))
             for radius, ends, index in zip(radii, self.ends, threads, strict=True)

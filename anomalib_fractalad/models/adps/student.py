@@ -83,14 +83,14 @@ class PatchStudent(Backbone):
         Returns:
             (B, C_i, H_i, W_i) for each level.
         """
-        features = super().forward(split(images, self.patches))
+        features = super().forward(to_patches(images, self.patches))
         for i, grids in enumerate(self.grids):
             for grid in reversed(grids):
-                features[i] = join(features[i], grid)
+                features[i] = from_patches(features[i], grid)
         return features
 
 
-def split(images: Tensor, grid: int) -> Tensor:
+def to_patches(images: Tensor, grid: int) -> Tensor:
     """Cut images into ``grid`` x ``grid`` patches, row by row.
 
     Args:
@@ -103,8 +103,8 @@ def split(images: Tensor, grid: int) -> Tensor:
     return rearrange(images, "b c (rows h) (columns w) -> (b rows columns) c h w", rows=grid, columns=grid)
 
 
-def join(patches: Tensor, grid: int) -> Tensor:
-    """Put patches back together; the reverse of :func:`split`.
+def from_patches(patches: Tensor, grid: int) -> Tensor:
+    """Put patches back together; the reverse of :func:`to_patches`.
 
     Args:
         patches: (B x grid x grid, C, h, w).
@@ -117,7 +117,7 @@ def join(patches: Tensor, grid: int) -> Tensor:
 
 
 def _split_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    return split(output, 2)
+    return to_patches(output, 2)
 
 
 def _find_module(features: nn.Module, level: str) -> nn.Module:
