@@ -161,7 +161,8 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             region: Where the centers of patches are, ``(B, 1, H, W)``, boolean; left out, anywhere.
 
         Returns:
-            The parameters, on the CPU but for the noise, which is on the images' device.
+            The parameters, on the CPU. The noise is on the images' device, and so are corners that a region or an
+            object decides about.
         """
         batch, channels, *size = images.shape
         side, source, target = self._place(images, region)
@@ -205,8 +206,10 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             object_side = (_uniform(self.object_patch_size, batch) * shorter_side(masks).cpu()).long()
             object_side = object_side.clamp(MIN_PATCH_SIZE, min(size))
         centers, found = sample_centers(masks.squeeze(1), object_side, shares[..., 0])
-        side = torch.where(found, object_side, side)
-        corners = torch.where(found[:, None], centers - object_side[:, None] // 2, corners)
+        half, corners = (values.to(images.device, non_blocking=True) for values in (object_side // 2, corners))
+        corners = torch.where(found[:, None], centers - half[:, None], corners)
+        if self.object_mode:  # which has waited for the object's size already
+            side = torch.where(found.cpu(), object_side, side)
         return side, *corners
 
     def apply(self, images: Tensor, parameters: FractalParameters) -> tuple[Tensor, Tensor]:

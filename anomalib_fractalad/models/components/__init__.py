@@ -7,7 +7,7 @@ from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
 from .network import AnomalyNetwork
 from .region import RegionOfInterest, recorded
-from .resampling import AlignedUpsample, Upsample
+from .resampling import AlignedUpsample, Upsample, resize
 from .score import ImageScore, Reduction
 from .smoothing import GaussianSmoothing, gaussian_blur
 from .tiling import TileByTile
@@ -36,4 +36,5 @@ __all__ = [
     "is_finite",
     "is_whole",
     "recorded",
+    "resize",
 ]

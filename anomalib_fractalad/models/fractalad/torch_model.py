@@ -18,6 +18,7 @@ from anomalib_fractalad.models.components import (
     Reduction,
     Upsample,
     cosine_distance,
+    resize,
 )
 
 STRIDES = (4, 8, 16, 32)
@@ -131,7 +132,7 @@ class SegmentationHead(nn.Module):
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = self.smooth[i](pyramid[i] + self.align[i](pyramid[i], pyramid[i + 1]))
         finest = pyramid[0].shape[-2:]
-        fused = self.fuse(torch.cat([_resize(level, finest) for level in pyramid], dim=1))
+        fused = self.fuse(torch.cat([resize(level, finest) for level in pyramid], dim=1))
         logits: Tensor = self.upsample(self.classify(fused), size)
         return logits
 
@@ -157,8 +158,8 @@ class FlowAlignment(nn.Module):
         Returns:
             The coarser map, warped, (B, C, H, W).
         """
-        flow = self.flow(torch.cat([finer, _resize(coarser, finer.shape[-2:])], dim=1))
-        return _resize(warp(coarser, _resize(flow, coarser.shape[-2:])), finer.shape[-2:])
+        flow = self.flow(torch.cat([finer, resize(coarser, finer.shape[-2:])], dim=1))
+        return resize(warp(coarser, resize(flow, coarser.shape[-2:])), finer.shape[-2:])
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
@@ -179,7 +180,3 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     x = 2 * (x + flow[:, 0]) / max(width - 1, 1) - 1
     y = 2 * (y + flow[:, 1]) / max(height - 1, 1) - 1
     return F.grid_sample(image, torch.stack([x, y], dim=-1), align_corners=False)
-
-
-def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False)

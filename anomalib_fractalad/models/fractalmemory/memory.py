@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_fractalad.models.components import at_least_float32
+from anomalib_fractalad.models.components import at_least_float32, resize
 
 
 class Descriptor(nn.Module):
@@ -156,13 +156,3 @@ class FeatureMemory(nn.Module):
         if hidden is not None:
             distance.masked_fill_(hidden[..., None, None], torch.inf)
         return distance
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring maps (B, C, H, W) to a size, bilinearly.
-
-    Args:
-        maps: (B, C, H, W).
-        size: Height and width.
-    """
-    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False)

@@ -17,11 +17,12 @@ from anomalib_fractalad.models.components import (
     Upsample,
     at_least_float32,
     check_count,
+    resize,
 )
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
 from .head import BoundedGate, ResidualHead
-from .memory import Descriptor, FeatureMemory, resize
+from .memory import Descriptor, FeatureMemory
 
 STRIDES = (4, 8, 16)
 
