@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from .foreground import foreground_mask
 
 COARSE = 32  # cells along each side of the grid that a region's center is drawn from
+PRECISION = 2**20  # parts that a cell's share of foreground is counted in
 OUTLINE = 9  # values along each side of the noise that frays a region's outline
 BLURS = (9, 15, 25, 41)  # pixels
 
@@ -298,11 +299,14 @@ def _draw_centers(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = min(COARSE, height), min(COARSE, width)
     share = interpolate(foreground_mask(images).float(), (rows, columns), mode="area").flatten(1)
-    drawn = torch.rand(len(images), 3, dtype=torch.float64).to(images.device, non_blocking=True)
-    cumulative = share.double().cumsum(dim=1)
-    cell = torch.searchsorted(cumulative, drawn[:, :1] * cumulative[:, -1:], right=True).squeeze(1)
+    drawn = torch.rand(len(images), 3).to(images.device, non_blocking=True)
+    # Whole numbers, whose sums are the same on every device and at every call.
+    cumulative = (share * PRECISION).round().long().cumsum(dim=1)
+    count = cumulative[:, -1:]
+    wanted = (drawn[:, :1] * count).long().clamp(max=count - 1)
+    cell = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
     row, column = cell // columns + drawn[:, 1], cell % columns + drawn[:, 2]
-    return torch.stack([row * height / rows, column * width / columns], dim=1).float()
+    return torch.stack([row * height / rows, column * width / columns], dim=1)
 
 
 def _turned_places(images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
