@@ -75,8 +75,8 @@ def training_speed(
             results[name].update(_compare_memory(backbone, batch_size, image_size, device, threads, precision))
         for what, value in results[name].items():
             is_time = what.endswith("_s")
-            print(f"{name:10} {what.removesuffix('_s'):44} {1e3 * value if is_time else value:10.3g}", end="")
-            print(" ms" if is_time else "")
+            shown = f"{1e3 * value:10.1f} ms" if is_time else f"{value:10.3g}"
+            print(f"{name:13} {what.removesuffix('_s'):44} {shown}")
     return results
 
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +75,6 @@ def make_trials(
         return [Trial(**entry) for entry in json.loads(index.read_text(encoding="utf-8"))]
     folder.mkdir(parents=True, exist_ok=True)
     each = max(1, math.ceil(count / len(files)))
-    kinds = list(DEFECTS)
     good: list[Trial] = []
     bad: list[Trial] = []
     for source, file in enumerate(files):
@@ -83,7 +83,7 @@ def make_trials(
         good.append(Trial(_write(image, folder / f"{source:03}_good.png"), None, source))
         place = _place(image, kind, region)
         for number in range(source * each, (source + 1) * each):
-            name, severity = kinds[number % len(kinds)], SEVERITIES[(number // len(kinds) + number) % len(SEVERITIES)]
+            name, severity = _turn(number, seed)
             made = _make(image, name, severity, _PRIME * (seed + 1) + number, place)
             if made is not None:
                 stem = f"{source:03}_{number:05}_{name.replace(' ', '_')}"
@@ -106,6 +106,14 @@ def read_small(file: Path) -> Tensor:
     size = [max(SMALLEST, round(length * scale)) for length in (height, width)]
     small: Tensor = to_dtype(resize(image, size, antialias=True), torch.float32, scale=True)
     return small
+
+
+def _turn(number: int, seed: int) -> tuple[str, float]:
+    """Kind and severity of a defect: all kinds in turn, in another order each time, so that no image has its own."""
+    kinds = list(DEFECTS)
+    turn, place = divmod(number, len(kinds))
+    kind = random.Random(_PRIME * seed + turn).sample(range(len(kinds)), len(kinds))[place]  # noqa: S311
+    return kinds[kind], SEVERITIES[(turn + kind) % len(SEVERITIES)]
 
 
 def _place(image: Tensor, kind: Kind, region: Callable[[tuple[int, int]], Tensor] | None) -> Tensor | None:

@@ -289,6 +289,9 @@ def test_defects_are_the_same_each_time_and_tell_models_apart(tmp_path: Path, bu
     trials = make_trials(found.files[:8], tmp_path / "one", kind=found.kind, count=40)
     assert {trial.kind for trial in trials} == {None, *DEFECTS}
     assert len({trial.severity for trial in trials if trial.kind}) == 3
+    # No kind belongs to some of the images, which would pass for a difference between images.
+    for parity in (0, 1):
+        assert len({trial.kind for trial in trials if trial.kind and trial.source % 2 == parity}) >= 8
     again = make_trials(found.files[:8], tmp_path / "two", kind=found.kind, count=40)
     for one, other in zip(trials, again, strict=True):
         assert Path(one.file).read_bytes() == Path(other.file).read_bytes()
