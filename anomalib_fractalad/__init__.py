@@ -2,8 +2,10 @@
 """FractalAD, ADPS, AAND and FractalMemory as anomalib models."""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from anomalib_fractalad.import_hooks import before_import
 from anomalib_fractalad.registration import DATA_MODULES, MODELS, register_on_import
 
 if TYPE_CHECKING:
@@ -30,7 +32,21 @@ _LAZY = {
     "FractalAnomalyGenerator": "anomalib_fractalad.transforms",
 }
 
+
+def _plan_repairs() -> None:
+    try:
+        from anomalib_fractalad.repairs import REPAIRS, mend_when_imported  # noqa: PLC0415
+
+        for repair in REPAIRS:
+            mend_when_imported(repair)
+    except Exception as error:
+        message = f"repairs of anomalib are off: {type(error).__name__}: {error}"
+        warnings.warn(f"anomalib-fractalad: {message}", RuntimeWarning, stacklevel=2)
+
+
+# In every process that imports torch; see registration.
 register_on_import()
+before_import("anomalib", _plan_repairs)
 
 
 def __getattr__(name: str) -> Any:

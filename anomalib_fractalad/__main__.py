@@ -15,7 +15,7 @@ from anomalib_fractalad.registration import DATA_MODULES, MODELS
 
 PACKAGE = Path(__file__).parent
 PROGRAM = "anomalib-fractalad"
-EXAMPLES = ("fabric", "metal_plate", "moulded_part")
+EXAMPLES = ("fabric", "metal_plate", "molded_part")
 
 
 def status() -> str:
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["inspect"]:
         from anomalib_fractalad.inspection import inspect_main  # noqa: PLC0415
 
-        return int(inspect_main(words[1:]))
+        return int(inspect_main(words[1:], prog=f"{PROGRAM} inspect"))
     if words[:1] == ["compare"]:
         from anomalib_fractalad.benchmark.__main__ import main as compare  # noqa: PLC0415
 

@@ -2,7 +2,7 @@
 """Reading images that are not like the others.
 
 :func:`read_image` and :func:`read_mask` take the place of anomalib's functions of the same names
-(:mod:`anomalib_fractalad.registration`). They differ in what anomalib 2.7 gets wrong: gray images of more than 8 bits
+(:mod:`anomalib_fractalad.repairs`). They differ in what anomalib 2.7 gets wrong: gray images of more than 8 bits
 come out white there, and the errors for broken files do not name the file.
 """
 

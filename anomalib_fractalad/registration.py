@@ -4,17 +4,15 @@
 anomalib finds a model by looking at what has been imported. Every process that uses anomalib imports torch, and torch
 calls :func:`register_on_import` at the end of its own import (entry-point group ``torch.backends``). From then on, an
 import of anomalib also brings in this package's models, so that ``--model FractalAD``, ``get_model("FractalAD")`` and
-``from anomalib.models import FractalAD`` need nothing else. In the same way, repairs of anomalib
-(:mod:`anomalib_fractalad.repairs`) wait for the parts of anomalib that they mend.
+``from anomalib.models import FractalAD`` need nothing else.
 """
 
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from collections.abc import Callable
+
+from .import_hooks import before_import, when_imported
 
 DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
 MODELS = {
@@ -25,55 +23,26 @@ MODELS = {
 }
 
 
+_registered = False
+
+
 def register_on_import() -> None:
     """Arrange for models and data modules to be registered as soon as anomalib is imported.
 
     Imports nothing heavy and never raises: a failure becomes one warning.
     """
-    if any(name.partition(".")[0] == "anomalib" for name in sys.modules):
-        _register_hooks()
-    elif not any(isinstance(finder, _AnomalibWatcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AnomalibWatcher())
-
-
-class _AnomalibWatcher:
-    """Puts off the import of wrapt, which takes longer than all the rest, to the first import of anomalib."""
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None = None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
-        del path, target
-        if fullname.partition(".")[0] != "anomalib":
-            return None
-        sys.meta_path.remove(self)
-        _register_hooks()
-        return find_spec(fullname)
-
-
-_registered = False
-
-
-def _register_hooks() -> None:
     global _registered  # noqa: PLW0603
-    if _registered:
-        return
-    _registered = True
-    try:
-        # torch may be imported from the middle of anomalib.data or anomalib.models. So models and data modules wait
-        # for a part that is always imported after torch and that holds all that the package's own modules need.
-        _when_imported("anomalib.data.datamodules", _harmless(lambda: _publish(DATA_MODULES, "anomalib.data")))
-        _when_imported("anomalib.models.image", _harmless(lambda: _publish(MODELS, "anomalib.models")))
-        _when_imported("anomalib.models", _harmless(_allow_own_class_paths))
-    except Exception as error:
-        _warn(error)
-    try:
-        _plan_repairs()
-    except Exception as error:
-        message = f"repairs of anomalib are off: {type(error).__name__}: {error}"
-        warnings.warn(f"anomalib-fractalad: {message}", RuntimeWarning, stacklevel=2)
+    if not _registered:
+        _registered = True
+        before_import("anomalib", _harmless(_register))
+
+
+def _register() -> None:
+    # torch may be imported from the middle of anomalib.data or anomalib.models. So models and data modules wait for a
+    # part that is always imported after torch and that holds all that the package's own modules need.
+    when_imported("anomalib.data.datamodules", _harmless(lambda: _publish(DATA_MODULES, "anomalib.data")))
+    when_imported("anomalib.models.image", _harmless(lambda: _publish(MODELS, "anomalib.models")))
+    when_imported("anomalib.models", _harmless(_allow_own_class_paths))
 
 
 def _publish(names: dict[str, str], package: str) -> None:
@@ -86,32 +55,6 @@ def _allow_own_class_paths() -> None:
     sys.modules["anomalib.models"].ALLOWED_MODULES.add("anomalib_fractalad")
 
 
-def _plan_repairs() -> None:
-    from anomalib_fractalad.repairs import REPAIRS, Repair, mend  # noqa: PLC0415
-
-    def plan(repair: Repair, modules: Sequence[str]) -> None:
-        if modules:
-            _when_imported(modules[0], lambda: plan(repair, modules[1:]))
-        else:
-            mend(repair)
-
-    for repair in REPAIRS:
-        plan(repair, repair.modules)
-
-
-def _when_imported(name: str, hook: Callable[[], None]) -> None:
-    """Call a hook when a module has been imported as a whole."""
-    from wrapt import register_post_import_hook  # noqa: PLC0415
-
-    parent, _, child = name.rpartition(".")
-    if name not in sys.modules:
-        register_post_import_hook(lambda _module: hook(), name)
-    elif child in vars(sys.modules[parent]):
-        hook()
-    else:  # in the middle of its import, at whose end it is bound in its parent
-        _AwaitsChild.expect(sys.modules[parent], child, hook)
-
-
 def _harmless(hook: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
@@ -120,22 +63,6 @@ def _harmless(hook: Callable[[], None]) -> Callable[[], None]:
             _warn(error)
 
     return run
-
-
-class _AwaitsChild(ModuleType):
-    """A package that calls hooks when a module below it is bound, as Python does after the import."""
-
-    hooks: dict[tuple[str, str], list[Callable[[], None]]] = {}  # noqa: RUF012
-
-    @classmethod
-    def expect(cls, package: ModuleType, child: str, hook: Callable[[], None]) -> None:
-        cls.hooks.setdefault((package.__name__, child), []).append(hook)
-        package.__class__ = cls
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        for hook in self.hooks.pop((self.__name__, name), []):
-            hook()
 
 
 def _warn(error: Exception) -> None:

@@ -45,11 +45,11 @@ def choose_length(
     model = AAND.load_from_checkpoint(checkpoint, visualizer=False).cpu().eval()
     normal = read_images(sorted(held.iterdir()), size)
     kinds = make_defects(normal, SMALL)
-    stages = advanced_features(model, sorted(images.iterdir()), size)
+    levels = advanced_features(model, sorted(images.iterdir()), size)
     print(f"{len(normal)} normal images; pixel AP, image AUROC of {', '.join(kinds)}; mean")
     results = {}
     for length in epochs:
-        train_student(model, stages, length, batch_size)
+        train_student(model, levels, length, batch_size)
         results[length] = figures(partial(predict, model.eval()), normal, kinds)
         print(table_row(f"{length} epochs", results[length]), flush=True)
     return results
@@ -57,7 +57,7 @@ def choose_length(
 
 @torch.inference_mode()
 def advanced_features(model: AAND, files: list[Path], size: int) -> list[Tensor]:
-    """Features of all images, for each stage, in half of their precision."""
+    """Features of all images, for each level, in half of their precision."""
     batches = [
         model.model.advanced_teacher(model.pre_processor(read_images(files[first : first + 16], size)))
         for first in range(0, len(files), 16)
@@ -66,20 +66,20 @@ def advanced_features(model: AAND, files: list[Path], size: int) -> list[Tensor]
     return [torch.cat(s).to(torch.bfloat16, memory_format=torch.channels_last) for s in zip(*batches, strict=True)]
 
 
-def train_student(model: AAND, stages: list[Tensor], epochs: int, batch_size: int) -> None:
+def train_student(model: AAND, levels: list[Tensor], epochs: int, batch_size: int) -> None:
     """Stage II with a new student."""
     seed_everything(0)
     teacher = model.model.teacher
     student = model.model.student = reverse_student(
         model.hparams["backbone"], teacher.channels, teacher.strides, model.hparams["fine_embedding"]
     )
-    count = len(stages[0])
+    count = len(levels[0])
     model.plan = StagePlan(0, epochs * -(-count // batch_size))
     configured = model.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for _ in range(epochs):
         for chosen in torch.randperm(count).split(batch_size):
-            features = [stage[chosen] for stage in stages]
+            features = [level[chosen] for level in levels]
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model.distillation_loss(features, student(features))
             optimizer.zero_grad()

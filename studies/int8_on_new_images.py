@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What INT8 costs, on far more images than a category of SurfaceDefects has: its painters paint new ones.
 
-python studies/int8_on_new_images.py --float32 model.xml --int8 model_int8.xml --category moulded_part
+python studies/int8_on_new_images.py --float32 model.xml --int8 model_int8.xml --category molded_part
 """
 
 from pathlib import Path

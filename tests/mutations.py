@@ -170,7 +170,8 @@ def main() -> None:
             rows[key(mutation)] = f"{key(mutation)} `{function}` | {noticed} |"
             print(rows[key(mutation)], flush=True)
     if arguments.write:
-        OUTCOME.write_text(HEADER + "".join(f"{rows.get(key(mutation))}\n" for mutation in read_mutations()))
+        known = [rows[key(mutation)] for mutation in read_mutations() if key(mutation) in rows]
+        OUTCOME.write_text(HEADER + "".join(f"{row}\n" for row in known))
     sys.exit(f"{survivors} of {len(mutations)} mutations survived" if survivors else 0)
 
 

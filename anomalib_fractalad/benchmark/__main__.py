@@ -80,7 +80,7 @@ def _check(time_limit: float | None) -> None:
 
 
 def _run(jobs: list[Job], output: Path, time_limit: float | None, retry: bool) -> None:
-    from tqdm import tqdm  # noqa: PLC0415  an extra
+    from tqdm import tqdm  # noqa: PLC0415
 
     missing = [job for job in jobs if is_missing(job, record_of(job, output), retry)]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them in {output} already")

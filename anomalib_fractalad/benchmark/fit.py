@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
@@ -22,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_fractalad.benchmark.config import import_class
 from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO
+from anomalib_fractalad.training.epoch_checkpoint import every_epoch
 
 _SHOW_SECONDS = 1.0
 
@@ -238,7 +238,7 @@ def fit(
     """
     resumes = checkpoint.exists()
     engine = Engine(
-        callbacks=[meter, _every_epoch(checkpoint)],
+        callbacks=[meter, every_epoch(checkpoint)],
         plugins=[AtomicCheckpointIO()],
         accelerator=spec["accelerator"],
         devices=1,
@@ -257,16 +257,6 @@ def fit(
             raise CannotResumeError(msg) from error
         raise
     return _cost(model, engine.trainer, meter)
-
-
-def _every_epoch(checkpoint: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=checkpoint.parent,
-        filename=checkpoint.stem,
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
 
 
 def _length(spec: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor
@@ -68,14 +69,7 @@ def evaluate(
         An outcome for each way, in their order.
     """
     by_file = {str(Path(trial.file).resolve()): trial for trial in trials}
-    bad = [trial for trial in trials if trial.mask is not None]
-    data = data_module(
-        [],
-        [Path(trial.file) for trial in trials if trial.mask is None],
-        [Path(trial.file) for trial in bad],
-        masks=[Path(str(trial.mask)) for trial in bad],
-        batch_size=batch_size,
-    )
+    data = _data_of(trials, batch_size)
     data.test_augmentations = cast("PreProcessor", model.pre_processor).transform
     data.setup()
     device = device_of(accelerator)
@@ -96,6 +90,17 @@ def evaluate(
             found.append((by_file[path], precision, [float(way[index]) for way in values]))
     model.cpu()
     return [_outcome(way, found, index, set(left_out)) for index, way in enumerate(ways)]
+
+
+def _data_of(trials: Sequence[Trial], batch_size: int) -> AnomalibDataModule:
+    bad = [trial for trial in trials if trial.mask is not None]
+    return data_module(
+        [],
+        [Path(trial.file) for trial in trials if trial.mask is None],
+        [Path(trial.file) for trial in bad],
+        masks=[Path(str(trial.mask)) for trial in bad],
+        batch_size=batch_size,
+    )
 
 
 def device_of(accelerator: str) -> torch.device:

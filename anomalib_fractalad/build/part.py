@@ -4,16 +4,13 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.post_processing import PostProcessor
 from torchvision.transforms.v2 import Resize
@@ -22,29 +19,21 @@ from anomalib_fractalad.export.int8 import calibration_images, quantize
 from anomalib_fractalad.export.openvino import decide_constant_choices, mark_as_own
 from anomalib_fractalad.export.pre_processing import steps_of
 from anomalib_fractalad.export.threshold import set_threshold
-from anomalib_fractalad.image_files import open_rgb, read_image
-from anomalib_fractalad.inspection import Inspector
 
+from .export_check import FILES, FP32, INT8, ONNX, check_exports
 from .standalone import standalone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from anomalib_fractalad.models.components.lightning_module import OneClassModule
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-FP32, INT8, ONNX = "openvino_fp32", "openvino_int8", "onnx"
-FILES = {FP32: "model/fp32.xml", INT8: "model/int8.xml", ONNX: "model/model.onnx"}
 READING = (
     "RGB of 8 bits; gray levels of 16 bits are divided by 256, alpha is dropped, palettes are resolved, and EXIF "
     "orientation is not applied; values are divided by 255"
 )
-MARGIN = 1e-6  # another processor may round otherwise
 PACKAGES = ("anomalib-fractalad", "anomalib", "torch", "openvino", "nncf", "numpy", "pillow")
-
-_Prediction = dict[str, Any]
 
 
 def export_part(
@@ -84,10 +73,7 @@ def export_part(
     """
     folder = Path(folder)
     _check_model(model)
-    paths = [Path(path) for path in (good_validation_images(datamodule) if images is None else images)]
-    if not paths:
-        msg = "there are no images to check the exported networks with: give images, or good validation images"
-        raise ValueError(msg)
+    paths = _images_to_check(datamodule, images)
     part = _describe(model, extra)
     files = _export(model, datamodule, folder, int8=int8)
     (folder / "inspect.py").write_text(standalone(), encoding="utf-8")
@@ -96,13 +82,7 @@ def export_part(
     logger.info("Checking the exported networks on %d images", len(paths))
     part["check"] = check_exports(model, folder, list(files), paths)
     part["int8"] = _choose_int8(part["check"], wanted=int8)
-    chosen = INT8 if part["int8"]["taken"] else FP32
-    part["network"] = FILES[chosen]
-    for name in files:
-        checked = part["check"][name]
-        if checked is not None and checked["threshold"] > part["threshold"]["image"]:
-            set_threshold(folder / FILES[name], checked["threshold"])
-    part["threshold"]["image"] = part["check"][chosen]["threshold"]
+    _choose_network(folder, part)
     _write(folder, part)
     logger.info("%s holds the part: %s", folder, part["int8"]["reason"])
     return part
@@ -116,6 +96,14 @@ def good_validation_images(datamodule: AnomalibDataModule) -> list[str]:
     """
     samples = getattr(getattr(datamodule, "val_data", None), "samples", None)
     return [] if samples is None else list(samples["image_path"][samples["label_index"] == 0])
+
+
+def _images_to_check(datamodule: AnomalibDataModule, images: Sequence[str | Path] | None) -> list[Path]:
+    paths = [Path(path) for path in (good_validation_images(datamodule) if images is None else images)]
+    if not paths:
+        msg = "there are no images to check the exported networks with: give images, or good validation images"
+        raise ValueError(msg)
+    return paths
 
 
 def _check_model(model: "OneClassModule") -> None:
@@ -191,110 +179,15 @@ def _export(model: "OneClassModule", datamodule: AnomalibDataModule, folder: Pat
     return [FP32, INT8, ONNX]
 
 
-def check_exports(
-    model: "OneClassModule", folder: Path, names: Sequence[str], images: Sequence[Path]
-) -> dict[str, Any]:
-    """Compare exported networks with torch.
-
-    Args:
-        model: The model that was exported.
-        folder: The part folder.
-        names: Which of its exports to check.
-        images: Image files.
-
-    Returns:
-        ``images``, their number, and for each export ``score`` and ``map``, the largest differences, ``threshold``,
-        and ``decisions_changed``, the images that are decided otherwise at that threshold; nothing for ONNX without
-        ONNX Runtime.
-    """
-    runs: dict[str, Callable[[Path], _Prediction]] = {
-        name: _in_openvino(folder, name) for name in names if name in {FP32, INT8}
-    }
-    if find_spec("onnxruntime") is not None and ONNX in names:
-        runs[ONNX] = _in_onnx_runtime(folder)
-    threshold = float(model.post_processor.normalized_image_threshold)  # type: ignore[union-attr,arg-type]
-    expected: list[_Prediction] = []
-    found: dict[str, _Comparison] = {name: _Comparison() for name in runs}
-    with _evaluating(model):
-        for path in images:
-            prediction = _in_torch(model, path)
-            expected.append({"path": str(path), "pred_score": prediction["pred_score"]})
-            for name, run in runs.items():
-                found[name].add(prediction, run(path))
-    check = {name: comparison.result(expected, threshold) for name, comparison in found.items()}
-    return {"images": len(images), **{name: check.get(name) for name in names}}
-
-
-class _Comparison:
-    """What a runtime makes of the images that torch has seen, too."""
-
-    def __init__(self) -> None:
-        self.scores: list[float] = []
-        self.map_difference = 0.0
-
-    def add(self, expected: _Prediction, prediction: _Prediction) -> None:
-        self.scores.append(prediction["pred_score"])
-        difference = np.abs(expected["anomaly_map"] - prediction["anomaly_map"]).max()
-        self.map_difference = max(self.map_difference, float(difference))
-
-    def result(self, expected: Sequence[_Prediction], threshold: float) -> dict[str, Any]:
-        """Compare decisions, at a threshold that is not below the scores of those images that are torch's threshold.
-
-        Conformal calibration makes the score of an image the threshold. Rounding may bring it out just above, and it
-        would raise an alarm that the promise does not allow for.
-        """
-        pairs = list(zip(expected, self.scores, strict=True))
-        ties = [score + MARGIN for ours, score in pairs if ours["pred_score"] == threshold < score]
-        own = max([threshold, *ties])
-        changed = [ours["path"] for ours, score in pairs if (ours["pred_score"] > threshold) != (score > own)]
-        return {
-            "score": max(abs(ours["pred_score"] - score) for ours, score in pairs),
-            "map": self.map_difference,
-            "threshold": own,
-            "decisions_changed": changed,
-        }
-
-
-@contextmanager
-def _evaluating(model: "OneClassModule") -> "Iterator[None]":
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _in_torch(model: "OneClassModule", path: Path) -> _Prediction:
-    image = torch.as_tensor(read_image(path, as_tensor=True)).unsqueeze(0).to(model.device)
-    return _plain({name: value.cpu().numpy() for name, value in model(image)._asdict().items()})
-
-
-def _in_openvino(folder: Path, name: str) -> Callable[[Path], _Prediction]:
-    inspector = Inspector(folder, network=FILES[name])
-    return lambda path: inspector.predict(open_rgb(path))
-
-
-def _in_onnx_runtime(folder: Path) -> Callable[[Path], _Prediction]:
-    import onnxruntime  # noqa: PLC0415
-
-    session = onnxruntime.InferenceSession(folder / FILES[ONNX], providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(path: Path) -> _Prediction:
-        image = np.asarray(read_image(path, as_tensor=True))[None]
-        return _plain(dict(zip(names, session.run(None, {"input": image}), strict=True)))
-
-    return run
-
-
-def _plain(outputs: Mapping[str, Any]) -> _Prediction:
-    return {
-        "pred_score": float(np.squeeze(outputs["pred_score"])),
-        "pred_label": bool(np.squeeze(outputs["pred_label"])),
-        "anomaly_map": np.squeeze(outputs["anomaly_map"]),
-    }
+def _choose_network(folder: Path, part: dict[str, Any]) -> None:
+    """Name the network to use, and raise the thresholds of those whose rounding asks for it."""
+    chosen = INT8 if part["int8"]["taken"] else FP32
+    part["network"] = FILES[chosen]
+    for name in part["files"]:
+        checked = part["check"][name]
+        if checked is not None and checked["threshold"] > part["threshold"]["image"]:
+            set_threshold(folder / FILES[name], checked["threshold"])
+    part["threshold"]["image"] = part["check"][chosen]["threshold"]
 
 
 def _choose_int8(check: Mapping[str, Any], *, wanted: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO
+from anomalib_fractalad.training.epoch_checkpoint import every_epoch
 
 from .candidates import Candidate
 
@@ -68,7 +69,7 @@ def train(
     checkpoint = folder / "training.ckpt"
     validation = {"check_val_every_n_epoch": length["max_epochs"]} if validate else {"limit_val_batches": 0}
     engine = Engine(
-        callbacks=[_Shown(show), _every_epoch(checkpoint)],
+        callbacks=[_Shown(show), every_epoch(checkpoint)],
         plugins=[AtomicCheckpointIO()],
         accelerator=accelerator,
         devices=1,
@@ -81,16 +82,6 @@ def train(
     )
     engine.fit(model, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     return engine
-
-
-def _every_epoch(checkpoint: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=checkpoint.parent,
-        filename=checkpoint.stem,
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
 
 
 class _Shown(Callback):

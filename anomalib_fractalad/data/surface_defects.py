@@ -25,6 +25,7 @@ from anomalib_fractalad.data._painters import PAINTERS, paint
 logger = logging.getLogger(__name__)
 
 CATEGORIES = tuple(PAINTERS)
+_FORMER = {"moulded_part": "molded_part"}
 _MANIFEST = "surface_defects.json"
 _EDITION = 1
 """Raised whenever the images change, so that folders of an older edition are written anew."""
@@ -142,7 +143,7 @@ class SurfaceDefects(AnomalibDataModule):
 
     - ``fabric``: woven cloth; contamination, cut, missing thread, stain.
     - ``metal_plate``: brushed steel; contamination, dent, scratch, stain.
-    - ``moulded_part``: a plastic gear; broken tooth, contamination, scratch, stain.
+    - ``molded_part``: a plastic gear; broken tooth, contamination, scratch, stain.
 
     Files that are missing or damaged are restored whenever the data is prepared. A folder of the category's name that
     this class did not write is never touched.
@@ -185,6 +186,9 @@ class SurfaceDefects(AnomalibDataModule):
         val_split_ratio: float = 0.5,
         seed: int | None = None,
     ) -> None:
+        if category in _FORMER:
+            logger.warning("The category %s of SurfaceDefects is called %s now.", category, _FORMER[category])
+            category = _FORMER[category]
         if category not in CATEGORIES:
             msg = f"SurfaceDefects has no category {category!r}; choose one of: {', '.join(CATEGORIES)}."
             raise ValueError(msg)

@@ -124,7 +124,7 @@ class ExportModule(_Base):
         if any_size:
             self._refuse_any_size()
             if not resizes(self._transform):
-                # anomalib's example image of 2x2 would be frozen into a network whose deepest stage has stride 32.
+                # anomalib's example image of 2x2 would be frozen into a network whose deepest level has stride 32.
                 batch, height, width = Dim("batch_size"), Dim("height", min=64), Dim("width", min=96)
                 kwargs.setdefault("dynamic_shapes", ({0: batch, 2: height, 3: width},))
         self._warn_without_thresholds(self.post_processor)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspection at the line, with a part folder: needs ``openvino``, ``numpy`` and ``pillow`` alone.
 
-:func:`anomalib_fractalad.build.part.standalone` joins the modules to the one file ``inspect.py`` of a part folder.
+:mod:`anomalib_fractalad.build.standalone` joins the modules to the one file ``inspect.py`` of a part folder.
 """
 
 from .command import inspect_main

@@ -74,6 +74,11 @@ def inspect_parser(prog: str, *, has_part: bool) -> _Parser:
         help="call images anomalous above this score instead of the part's threshold",
     )
     parser.add_argument("--device", default="CPU", help="OpenVINO's device; left out, CPU")
+    _add_watching(parser)
+    return parser
+
+
+def _add_watching(parser: _Parser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
@@ -92,7 +97,6 @@ def inspect_parser(prog: str, *, has_part: bool) -> _Parser:
         metavar="SECONDS",
         help="with --watch, how long a file that cannot be read may stay unchanged before it is called unreadable (5)",
     )
-    return parser
 
 
 def inspect_main(

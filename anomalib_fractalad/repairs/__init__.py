@@ -6,7 +6,7 @@ They act for this package's models, and leave all other models as anomalib has t
 ``python -m anomalib_fractalad status`` lists them.
 """
 
-from .base import Repair, acts, mend, reach, state
+from .base import Repair, acts, mend, mend_when_imported, reach, state
 from .benchmark_results import BENCHMARK_RESULTS
 from .command_line import COMMAND_LINE
 from .drawn_images import DRAWN_IMAGES
@@ -27,4 +27,4 @@ REPAIRS = (
     TEXT_COLUMNS,
 )
 
-__all__ = ["REPAIRS", "Repair", "acts", "mend", "reach", "state"]
+__all__ = ["REPAIRS", "Repair", "acts", "mend", "mend_when_imported", "reach", "state"]

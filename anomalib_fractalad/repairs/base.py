@@ -3,12 +3,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, get_args
 
 from packaging.specifiers import SpecifierSet
+
+from anomalib_fractalad.import_hooks import when_imported
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,22 @@ def mend(repair: Repair) -> None:
     except Exception as error:
         _failures[repair.name] = f"{type(error).__name__}: {error}"
         _say_once(f"the repair {repair.name!r} of anomalib could not be applied ({_failures[repair.name]})")
+
+
+def mend_when_imported(repair: Repair) -> None:
+    """Apply a repair as soon as the parts of anomalib that it mends have been imported.
+
+    Args:
+        repair: The repair.
+    """
+
+    def wait(modules: Sequence[str]) -> None:
+        if modules:
+            when_imported(modules[0], lambda: wait(modules[1:]))
+        else:
+            mend(repair)
+
+    wait(repair.modules)
 
 
 def state(repair: Repair) -> str:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anomalib.callbacks import ModelCheckpoint as AnomalibCheckpoint
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
@@ -79,6 +80,21 @@ class EpochCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+
+def every_epoch(checkpoint: Path) -> ModelCheckpoint:
+    """A callback for trainers that are to write one checkpoint at the end of each epoch, always the same file.
+
+    Args:
+        checkpoint: The file.
+    """
+    return AnomalibCheckpoint(
+        dirpath=checkpoint.parent,
+        filename=checkpoint.stem,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

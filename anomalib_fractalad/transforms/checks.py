@@ -48,8 +48,8 @@ def checked_batch(image: Tensor) -> Tensor:
     # To read the values of another device would wait for it.
     if image.device.type == "cpu" and not in_range:
         msg = (
-            f"Image values from {low:.3g} to {high:.3g}: anomalies are made before normalisation, with values in "
-            "[0, 1]. Leave Normalize out of the pre-processor; the model normalises by itself."
+            f"Image values from {low:.3g} to {high:.3g}: anomalies are made before normalization, with values in "
+            "[0, 1]. Leave Normalize out of the pre-processor; the model normalizes by itself."
         )
         raise ValueError(msg)
     return torch.where(in_range, batch.clamp(0, 1), torch.nan)

@@ -84,20 +84,21 @@ def sample_centers(masks: Tensor, side: Tensor, shares: Tensor) -> tuple[Tensor,
         shares: Uniform random numbers ``(2, B)``.
 
     Returns:
-        Two pixels ``(2, B, 2)`` for each mask, and whether there are any ``(B,)``, both on the CPU.
+        Two pixels ``(2, B, 2)`` for each mask, and whether there are any ``(B,)``, both on the masks' device.
     """
     height, width = masks.shape[-2:]
-    before = side.to(masks.device)[:, None] // 2
-    after = side.to(masks.device)[:, None] - before
+    side, shares = (values.to(masks.device, non_blocking=True) for values in (side, shares))
+    before = side[:, None] // 2
+    after = side[:, None] - before
     rows = torch.arange(height, device=masks.device)
     columns = torch.arange(width, device=masks.device)
     rows_fit = (rows >= before) & (rows <= height - after)
     columns_fit = (columns >= before) & (columns <= width - after)
     cumulative = (masks & rows_fit[:, :, None] & columns_fit[:, None]).flatten(1).cumsum(1)
     count = cumulative[:, -1:]
-    wanted = (shares.T.to(masks.device) * count).long().clamp(max=count - 1) + 1
-    pixel = torch.searchsorted(cumulative, wanted.contiguous()).clamp(max=height * width - 1).T.cpu()
-    return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1).cpu()
+    wanted = (shares.T * count).long().clamp(max=count - 1) + 1
+    pixel = torch.searchsorted(cumulative, wanted.contiguous()).clamp(max=height * width - 1).T
+    return torch.stack([pixel // width, pixel % width], dim=-1), (count > 0).squeeze(1)
 
 
 def foreground_mask(images: Tensor, spread: float = 0.06, reach: int = 9) -> Tensor:

@@ -2,11 +2,10 @@
 """Fractal anomaly generation (Xia et al., FractalAD, arXiv 2301.12739)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, pad
+from torch.nn.functional import max_pool2d
 from torchvision.transforms import v2
 
 from .checks import check_count, check_interval, check_margin, check_range, checked_batch
@@ -14,6 +13,7 @@ from .color import jitter, jitter_alike, single_precision
 from .foreground import object_mask, sample_centers, shorter_side
 from .ifs import draw, sample_systems
 from .parameters import FractalParameters
+from .patches import cut_out, paste
 
 # A stamp is 3 pixels wide.
 MIN_PATCH_SIZE = 3
@@ -161,7 +161,8 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             region: Where the centers of patches are, ``(B, 1, H, W)``, boolean; left out, anywhere.
 
         Returns:
-            The parameters, on the CPU but for the noise, which is on the images' device.
+            The parameters, on the CPU. The noise is on the images' device, and so are corners that a region or an
+            object decides about.
         """
         batch, channels, *size = images.shape
         side, source, target = self._place(images, region)
@@ -205,8 +206,10 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
             object_side = (_uniform(self.object_patch_size, batch) * shorter_side(masks).cpu()).long()
             object_side = object_side.clamp(MIN_PATCH_SIZE, min(size))
         centers, found = sample_centers(masks.squeeze(1), object_side, shares[..., 0])
-        side = torch.where(found, object_side, side)
-        corners = torch.where(found[:, None], centers - object_side[:, None] // 2, corners)
+        half, corners = (values.to(images.device, non_blocking=True) for values in (object_side // 2, corners))
+        corners = torch.where(found[:, None], centers - half[:, None], corners)
+        if self.object_mode:  # which has waited for the object's size already
+            side = torch.where(found.cpu(), object_side, side)
         return side, *corners
 
     def apply(self, images: Tensor, parameters: FractalParameters) -> tuple[Tensor, Tensor]:
@@ -225,11 +228,11 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
         # More points than the largest patch has pixels would change little.
         points = min(self.points, int(side.max()) ** 2)
         shapes = draw(parameters.systems, side, parameters.stamps, points)
-        pasted, source = _cut_out(shapes, parameters, images.shape[-2:])
+        pasted, source = cut_out(shapes, parameters, images.shape[-2:])
         patches = values.flatten(2).gather(2, source.flatten(2).expand(-1, images.shape[1], -1))
         patches = self._recolor(patches.reshape(*images.shape[:2], *shapes.shape[1:]), pasted, parameters, order)
-        anomalous = _paste(values, patches, pasted, parameters.target)
-        masks = _paste(torch.zeros_like(values[:, :1]), torch.ones_like(patches[:, :1]), pasted, parameters.target)
+        anomalous = paste(values, patches, pasted, parameters.target)
+        masks = paste(torch.zeros_like(values[:, :1]), torch.ones_like(patches[:, :1]), pasted, parameters.target)
         for dimension in ((1, 0), (0, 1)):
             reach = [self.dilations * length for length in dimension]
             masks = max_pool2d(masks, [2 * length + 1 for length in reach], stride=1, padding=reach)
@@ -284,52 +287,6 @@ class FractalAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvisio
 def _full_precision(images: Tensor) -> torch.autocast:
     """Within, autocast is off: positions in half precision would miss their pixels."""
     return torch.autocast(images.device.type, enabled=False)
-
-
-def _cut_out(shapes: Tensor, parameters: FractalParameters, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Cut flipped and rotated patches out in the given shapes.
-
-    Args:
-        shapes: Boolean shapes ``(B, S, S)``; a smaller patch lies in the top left corner.
-        parameters: The images' parameters.
-        size: Height and width of the images.
-
-    Returns:
-        Which pixels of the patch are pasted, ``(B, 1, S, S)``, boolean, and the flat index of the image's pixel that
-        each of them comes from, ``(B, 1, S, S)``.
-    """
-    active, side = parameters.active[:, None, None], parameters.side[:, None, None]
-    center = side / 2
-    position = torch.arange(shapes.shape[-1], device=shapes.device)
-    y, x = position[:, None] + 0.5 - center, position + 0.5 - center
-    # Back from the pasted pixel to the original one: against the rotation, then the flips.
-    angle = parameters.angle[:, None, None].deg2rad()
-    cos, sin = angle.cos(), angle.sin()
-    mirror_y, mirror_x = (1.0 - 2.0 * parameters.flip)[:, :, None, None].unbind(1)
-    original_y = mirror_y * cos * y + mirror_y * sin * x
-    original_x = mirror_x * cos * x - mirror_x * sin * y
-    pasted = shapes & active & (torch.maximum(original_y.abs(), original_x.abs()) < center)
-    # Where nothing is left, the patch's center is: a mask is never empty.
-    lost = active & ~pasted.flatten(1).any(1)[:, None, None]
-    pasted = pasted | (lost & (position[:, None] == side // 2) & (position == side // 2))
-
-    top, left = parameters.source[..., None, None].unbind(1)
-    row = (top + (original_y + center).long()).clamp(0, size[0] - 1)
-    column = (left + (original_x + center).long()).clamp(0, size[1] - 1)
-    return pasted.unsqueeze(1), (row * size[1] + column).unsqueeze(1)
-
-
-def _paste(images: Tensor, patches: Tensor, pasted: Tensor, corner: Tensor) -> Tensor:
-    """Paste the chosen pixels of patches ``(B, C, S, S)`` into images, with the top left corner at ``(B, 2)``."""
-    height, width = images.shape[-2:]
-    reach = patches.shape[-1]
-    # A smaller patch's empty border may stick out.
-    canvas = pad(images, (0, reach, 0, reach)).flatten(2)
-    offset = torch.arange(reach, device=images.device)
-    row, column = (corner[..., None] + offset).unbind(1)
-    index = (row[:, :, None] * (width + reach) + column[:, None]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    canvas.scatter_(2, index, torch.where(pasted.flatten(2), patches.flatten(2), canvas.gather(2, index)))
-    return canvas.view(*images.shape[:2], height + reach, width + reach)[..., :height, :width]
 
 
 def _sample_jitter(strength: Tensor) -> Tensor:

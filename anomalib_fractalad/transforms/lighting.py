@@ -68,6 +68,6 @@ class LightingJitter(v2.Transform):  # type: ignore[misc]  # torchvision is unty
         Returns:
             ``(B, C, H, W)``, values in [0, 1].
         """
-        given = {name: value.to(images) for name, value in parameters.items()}
+        given = {name: value.to(images, non_blocking=True) for name, value in parameters.items()}
         changed = ((images - 0.5) * given["contrast"] + 0.5) * given["tint"] + given["brightness"] + given["noise"]
         return changed.clamp(0, 1)

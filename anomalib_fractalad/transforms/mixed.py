@@ -62,7 +62,7 @@ class MixedAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvision 
         kind = torch.randint(len(self.generators), (len(images),))
         anomalous = images.clone()
         for number, generate in enumerate(self.generators):
-            chosen = (kind == number).nonzero().squeeze(1).to(images.device)
+            chosen = (kind == number).nonzero().squeeze(1).to(images.device, non_blocking=True)
             if len(chosen):
                 anomalous[chosen] = generate(images[chosen])[0].to(images.dtype).clamp(0, 1)
         return anomalous, visible_change(images, anomalous)

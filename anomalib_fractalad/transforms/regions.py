@@ -13,8 +13,9 @@ from torchvision.transforms import v2
 from .foreground import foreground_mask
 
 COARSE = 32  # cells along each side of the grid that a region's center is drawn from
+PRECISION = 2**20  # parts that a cell's share of foreground is counted in
 OUTLINE = 9  # values along each side of the noise that frays a region's outline
-BLURS = (9, 15, 25, 41)
+BLURS = (9, 15, 25, 41)  # pixels
 
 
 class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchvision is untyped
@@ -24,6 +25,7 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
 
     Args:
         size: Range of the region's side, as a share of the image's shorter side; drawn evenly on a logarithmic scale.
+            This and the next two are ``SIZE``, ``SOFTNESS`` and ``OPACITY`` of the kind of anomaly where left out.
         softness: Range of the width in pixels of the region's soft edge.
         opacity: Range of how much of the change is blended in.
 
@@ -31,28 +33,29 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
         ValueError: If a range is not ascending, or outside (0, 1] for ``size`` and ``opacity``.
     """
 
+    SIZE: tuple[float, float] = (0.04, 0.5)
+    SOFTNESS: tuple[float, float] = (0.3, 2.0)
+    OPACITY: tuple[float, float] = (0.6, 1.0)
+
     def __init__(
         self,
-        size: tuple[float, float] = (0.04, 0.5),
-        softness: tuple[float, float] = (0.3, 2.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
+        size: tuple[float, float] | None = None,
+        softness: tuple[float, float] | None = None,
+        opacity: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        for name, (low, high), most in (
-            ("size", size, 1.0),
-            ("softness", softness, math.inf),
-            ("opacity", opacity, 1.0),
-        ):
+        self.size = self.SIZE if size is None else size
+        self.softness = self.SOFTNESS if softness is None else softness
+        self.opacity = self.OPACITY if opacity is None else opacity
+        for name, most in {"size": 1.0, "softness": math.inf, "opacity": 1.0}.items():
+            low, high = getattr(self, name)
             if not 0 < low <= high <= most:
                 msg = f"{name}={(low, high)}: two ascending values above 0 and at most {most:g} are needed."
                 raise ValueError(msg)
-        self.size = size
-        self.softness = softness
-        self.opacity = opacity
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Make anomalies.
+        """Make anomalies, without waiting for an accelerator.
 
         Args:
             images: Batch ``(B, C, H, W)``, floating point, values in [0, 1].
@@ -69,9 +72,9 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
             images: Images ``(B, C, H, W)``; their content, too, decides where regions lie.
 
         Returns:
-            Tensors with one row for each image: ``center`` (row and column in pixels), ``axes`` (half axes in pixels),
-            ``angle`` (radians), ``box`` (whether it is a box and no ellipse), ``outline`` (noise), ``softness``
-            (pixels), ``opacity``, and what the kind of anomaly needs besides.
+            Tensors with one row for each image: ``center`` (row and column in pixels, on the images' device), and on
+            the CPU ``axes`` (half axes in pixels), ``angle`` (radians), ``box`` (whether it is a box and no ellipse),
+            ``outline`` (noise), ``softness`` (pixels), ``opacity``, and what the kind of anomaly needs besides.
         """
         count, height, width = len(images), *images.shape[-2:]
         side = min(height, width) * torch.exp(_uniform([math.log(value) for value in self.size], count))
@@ -102,22 +105,19 @@ class RegionAnomalyGenerator(v2.Transform, ABC):  # type: ignore[misc]  # torchv
         Returns:
             Anomalous images ``(B, C, H, W)`` and masks ``(B, 1, H, W)``.
         """
-        parameters = {name: value.to(images.device) for name, value in parameters.items()}
+        parameters = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
         region = self.region(images, parameters) * parameters["opacity"].view(-1, 1, 1, 1)
         anomalous = self.change(images, region.to(images.dtype), parameters).clamp(0, 1)
         return anomalous, visible_change(images, anomalous)
 
     def region(self, images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Draw the regions, ``(B, 1, H, W)``, values in [0, 1]."""
-        height, width = images.shape[-2:]
-        y = torch.arange(height, device=images.device).view(1, -1, 1) - parameters["center"][:, :1, None]
-        x = torch.arange(width, device=images.device).view(1, 1, -1) - parameters["center"][:, 1:, None]
-        cos, sin = parameters["angle"].cos()[:, None, None], parameters["angle"].sin()[:, None, None]
+        x, y = _turned_places(images, parameters)
         across, along = parameters["axes"][:, :1, None], parameters["axes"][:, 1:, None]
-        u, v = ((x * cos + y * sin) / across).abs(), ((y * cos - x * sin) / along).abs()
-        level = torch.where(parameters["box"][:, None, None], torch.maximum(u, v), torch.hypot(u, v))
-        outline = interpolate(parameters["outline"], (height, width), mode="bicubic").squeeze(1)
-        depth = (1 - level - 0.25 * outline) * torch.minimum(across, along)
+        u, v = (x / across).abs(), (y / along).abs()
+        distance = torch.where(parameters["box"][:, None, None], torch.maximum(u, v), torch.hypot(u, v))
+        outline = interpolate(parameters["outline"], images.shape[-2:], mode="bicubic").squeeze(1)
+        depth = (1 - distance - 0.25 * outline) * torch.minimum(across, along)
         return (4 * depth / parameters["softness"][:, None, None]).sigmoid().unsqueeze(1)
 
     @abstractmethod
@@ -152,13 +152,8 @@ class CutPasteAnomalyGenerator(RegionAnomalyGenerator):
 class WarpAnomalyGenerator(RegionAnomalyGenerator):
     """Bend and shift what lies in the region."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.06, 0.5),
-        softness: tuple[float, float] = (4.0, 12.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.06, 0.5)
+    SOFTNESS = (4.0, 12.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the displacement, in halves of the image's sides."""
@@ -182,7 +177,7 @@ class EraseAnomalyGenerator(RegionAnomalyGenerator):
         """Draw how each region is erased."""
         count, height, width = len(images), *images.shape[-2:]
         return {
-            "blur": torch.where(torch.rand(count) < 0.5, torch.randint(len(BLURS), (count,)), -1),
+            "blur": torch.where(torch.rand(count) < 0.5, torch.tensor(BLURS)[torch.randint(len(BLURS), (count,))], 0),
             "pixel": (torch.rand(count, 2) * torch.tensor([height, width])).long(),
             "grain": 0.01 * torch.randn(count, 1, height, width),
         }
@@ -192,22 +187,17 @@ class EraseAnomalyGenerator(RegionAnomalyGenerator):
         row, column = parameters["pixel"].T
         color = images[torch.arange(len(images), device=images.device), :, row, column][..., None, None]
         content = color + parameters["grain"].to(images.dtype)
-        for i, blur in enumerate(parameters["blur"].tolist()):
-            if blur >= 0:
-                content[i] = _blur(images[i : i + 1], BLURS[blur])[0]
+        for side in BLURS:
+            content = torch.where(parameters["blur"].view(-1, 1, 1, 1) == side, _blur(images, side), content)
         return torch.lerp(images, content, region)
 
 
 class RecolorAnomalyGenerator(RegionAnomalyGenerator):
     """Change contrast, brightness and hue of the region, at times of the whole foreground."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.05, 0.9),
-        softness: tuple[float, float] = (1.0, 6.0),
-        opacity: tuple[float, float] = (1.0, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.05, 0.9)
+    SOFTNESS = (1.0, 6.0)
+    OPACITY = (1.0, 1.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw gains and offsets."""
@@ -230,13 +220,8 @@ class RecolorAnomalyGenerator(RegionAnomalyGenerator):
 class SwirlAnomalyGenerator(RegionAnomalyGenerator):
     """Turn what lies in the region, most at its center."""
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.15, 0.6),
-        softness: tuple[float, float] = (12.0, 30.0),
-        opacity: tuple[float, float] = (0.6, 1.0),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.15, 0.6)
+    SOFTNESS = (12.0, 30.0)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the angle in radians at the center."""
@@ -245,18 +230,13 @@ class SwirlAnomalyGenerator(RegionAnomalyGenerator):
 
     def change(self, images: Tensor, region: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Sample the image where the turned place was."""
-        size = torch.tensor(images.shape[-2:], dtype=images.dtype, device=images.device)
-        place = torch.stack(
-            torch.meshgrid(
-                *(torch.arange(side, device=images.device) + 0.5 for side in images.shape[-2:]), indexing="ij"
-            ),
-            dim=-1,
-        )
-        center = parameters["center"].to(images.dtype)[:, None, None]
+        height, width = images.shape[-2:]
+        row, column = parameters["center"].to(images.dtype)[..., None, None].unbind(1)
+        y = torch.arange(height, device=images.device).view(-1, 1) + 0.5 - row
+        x = torch.arange(width, device=images.device) + 0.5 - column
         angle = region.squeeze(1) * parameters["turn"].to(images.dtype)[:, None, None]
-        y, x = (place - center).unbind(-1)
-        turned = torch.stack([y * angle.cos() - x * angle.sin(), y * angle.sin() + x * angle.cos()], dim=-1) + center
-        grid = (2 * turned / size - 1).flip(-1)
+        turned_y, turned_x = y * angle.cos() - x * angle.sin() + row, y * angle.sin() + x * angle.cos() + column
+        grid = torch.stack([2 * turned_x / width - 1, 2 * turned_y / height - 1], dim=-1)
         return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -269,13 +249,9 @@ class ScratchAnomalyGenerator(RegionAnomalyGenerator):
         opacity: Range of the change in brightness.
     """
 
-    def __init__(
-        self,
-        size: tuple[float, float] = (0.1, 0.6),
-        softness: tuple[float, float] = (0.5, 1.5),
-        opacity: tuple[float, float] = (0.1, 0.5),
-    ) -> None:
-        super().__init__(size, softness, opacity)
+    SIZE = (0.1, 0.6)
+    SOFTNESS = (0.5, 1.5)
+    OPACITY = (0.1, 0.5)
 
     def generate_change(self, images: Tensor) -> dict[str, Tensor]:
         """Draw the width in pixels, the waves, and whether the line is bright."""
@@ -290,11 +266,7 @@ class ScratchAnomalyGenerator(RegionAnomalyGenerator):
 
     def region(self, images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Draw the lines, ``(B, 1, H, W)``, values in [0, 1]."""
-        height, width = images.shape[-2:]
-        y = torch.arange(height, device=images.device).view(1, -1, 1) - parameters["center"][:, :1, None]
-        x = torch.arange(width, device=images.device).view(1, 1, -1) - parameters["center"][:, 1:, None]
-        cos, sin = parameters["angle"].cos()[:, None, None], parameters["angle"].sin()[:, None, None]
-        along, across = x * cos + y * sin, y * cos - x * sin
+        along, across = _turned_places(images, parameters)
         half = parameters["axes"].amax(dim=1)[:, None, None]
         height_of_waves, number, phase = parameters["waves"][..., None, None].unbind(1)
         away = (across - height_of_waves * (math.pi * number * along / half + phase).sin()).abs()
@@ -327,9 +299,23 @@ def _draw_centers(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = min(COARSE, height), min(COARSE, width)
     share = interpolate(foreground_mask(images).float(), (rows, columns), mode="area").flatten(1)
-    cell = torch.multinomial(share.cpu(), 1).squeeze(1)
-    place = torch.stack([cell // columns, cell % columns], dim=1) + torch.rand(len(images), 2)
-    return place * torch.tensor([height / rows, width / columns])
+    drawn = torch.rand(len(images), 3).to(images.device, non_blocking=True)
+    # Whole numbers, whose sums are the same on every device and at every call.
+    cumulative = (share * PRECISION).round().long().cumsum(dim=1)
+    count = cumulative[:, -1:]
+    wanted = (drawn[:, :1] * count).long().clamp(max=count - 1)
+    cell = torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+    row, column = cell // columns + drawn[:, 1], cell % columns + drawn[:, 2]
+    return torch.stack([row * height / rows, column * width / columns], dim=1)
+
+
+def _turned_places(images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where pixels lie in a region's own axes, in pixels from its center: along the first one and the second."""
+    height, width = images.shape[-2:]
+    y = torch.arange(height, device=images.device).view(1, -1, 1) - parameters["center"][:, :1, None]
+    x = torch.arange(width, device=images.device).view(1, 1, -1) - parameters["center"][:, 1:, None]
+    cos, sin = parameters["angle"].cos()[:, None, None], parameters["angle"].sin()[:, None, None]
+    return x * cos + y * sin, y * cos - x * sin
 
 
 def _blur(images: Tensor, side: int) -> Tensor:
@@ -337,7 +323,8 @@ def _blur(images: Tensor, side: int) -> Tensor:
     side = min(side, *images.shape[-2:])
     side -= 1 - side % 2
     for _ in range(2):
-        images = avg_pool2d(pad(images, (side // 2,) * 4, mode="reflect"), side, stride=1)
+        rows = avg_pool2d(pad(images, (side // 2,) * 4, mode="reflect"), (1, side), stride=1)
+        images = avg_pool2d(rows, (side, 1), stride=1)
     return images
 
 

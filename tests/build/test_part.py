@@ -17,7 +17,8 @@ from PIL import Image
 
 from anomalib_fractalad import FalseAlarmThreshold, FractalAD
 from anomalib_fractalad.build import part as part_module
-from anomalib_fractalad.build.part import FP32, INT8, _Comparison, export_part
+from anomalib_fractalad.build.export_check import FP32, INT8, Comparison
+from anomalib_fractalad.build.part import export_part
 from anomalib_fractalad.export.threshold import set_threshold
 from anomalib_fractalad.image_files import read_image
 from anomalib_fractalad.inspection import Inspector, inspect_main
@@ -151,7 +152,7 @@ def test_thresholds_of_exported_networks(part: Part, tmp_path: Path) -> None:
         assert found["pred_label"].ravel().tolist() == [label]
         assert in_onnx_runtime(tmp_path / "model.onnx", images).pred_label.ravel().tolist() == [label]
 
-    comparison = _Comparison()
+    comparison = Comparison()
     torch_scores, scores = [0.2, 0.5, 0.6, 0.51], [0.3, 0.52, 0.53, 0.51]
     for ours, theirs in zip(torch_scores, scores, strict=True):
         comparison.add(

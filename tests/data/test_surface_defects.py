@@ -81,11 +81,11 @@ def test_setup_gives_batches_with_masks(full_root: Path) -> None:
 @pytest.mark.parametrize("name", ["SurfaceDefects", "anomalib_fractalad.data.SurfaceDefects"])
 def test_command_line_finds_it(name: str, tmp_path: Path) -> None:
     config = tmp_path / "data.yaml"
-    arguments = {"root": str(tmp_path / "data"), "category": "moulded_part", "num_workers": 1}
+    arguments = {"root": str(tmp_path / "data"), "category": "molded_part", "num_workers": 1}
     config.write_text(yaml.safe_dump({"class_path": name, "init_args": arguments}))
     data = AnomalibDataModule.from_config(config, **{"data.train_batch_size": 5})
     assert isinstance(data, SurfaceDefects)
-    assert (data.category, data.num_workers, data.train_batch_size) == ("moulded_part", 1, 5)
+    assert (data.category, data.num_workers, data.train_batch_size) == ("molded_part", 1, 5)
     assert data.root == tmp_path / "data"
 
 
@@ -199,8 +199,9 @@ def test_other_peoples_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_category_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'leather'.*fabric, metal_plate, moulded_part"):
+    with pytest.raises(ValueError, match=r"'leather'.*fabric, metal_plate, molded_part"):
         SurfaceDefects(tmp_path, "leather")
+    assert SurfaceDefects(tmp_path, "moulded_part").category == "molded_part"  # as configs of earlier releases spell it
 
 
 def test_default_root_and_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.adps import ADPSModel
 from anomalib_fractalad.models.adps.loss import AsymmetricDistillationLoss, FocalLoss
-from anomalib_fractalad.models.adps.torch_model import PatchStudent, PostSegmentation, join, split, weight_mask_block
+from anomalib_fractalad.models.adps.student import PatchStudent, from_patches, to_patches
+from anomalib_fractalad.models.adps.torch_model import PostSegmentation, weight_mask_block
 from anomalib_fractalad.models.components import Backbone, cosine_distance
 
 STRIDES = (4, 8, 16)
@@ -64,8 +65,8 @@ def test_deeper_stages_see_patches_of_patches(backbone: str, layers: tuple[int |
     for ours, theirs in zip(once[1:], twice[1:], strict=True):
         assert (ours - theirs).abs().max() > 0.1
     if backbone == "resnet18":
-        quarters = join(plain.features.layer2(split(split(once[0], 2), 2)), 2)
-        torch.testing.assert_close(join(quarters, 2), twice[1])
+        quarters = from_patches(plain.features.layer2(to_patches(to_patches(once[0], 2), 2)), 2)
+        torch.testing.assert_close(from_patches(quarters, 2), twice[1])
 
 
 def test_every_layer_but_the_last_can_be_split() -> None:
@@ -78,10 +79,10 @@ def test_every_layer_but_the_last_can_be_split() -> None:
 @pytest.mark.parametrize("grid", [1, 2, 3])
 def test_join_reverses_split(grid: int) -> None:
     images = torch.rand(2, 3, 12, 18)
-    patches = split(images, grid)
+    patches = to_patches(images, grid)
     assert patches.shape == (2 * grid * grid, 3, 12 // grid, 18 // grid)
     assert torch.equal(patches[grid * grid], images[1, :, : 12 // grid, : 18 // grid])
-    assert torch.equal(join(patches, grid), images)
+    assert torch.equal(from_patches(patches, grid), images)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,34 @@ def test_a_reservoir_is_an_even_sample_of_constant_size() -> None:
     assert [len(part) for part in few.sample] == [4, 4]
 
 
+def test_a_reservoir_holds_what_one_place_after_another_leaves() -> None:
+    reservoir = Reservoir(20, 2)
+    held: dict[int, tuple[list[float], int]] = {}
+    for batch in range(30):
+        averages, owner = torch.randn(2, 2, 3, 3), torch.tensor([2 * batch, 2 * batch + 1])
+        state = torch.get_rng_state()
+        reservoir.offer(averages, owner)
+        torch.set_rng_state(state)
+        draws = torch.rand(18, dtype=torch.float64)
+        for i, place in enumerate(averages.movedim(1, -1).flatten(0, 2).tolist()):
+            seen = 18 * batch + i
+            slot = seen if seen < 20 else int(draws[i] * (seen + 1))
+            if slot < 20:
+                held[slot] = (place, int(owner[i // 9]))
+        values, owners = reservoir.sample
+        assert [*zip(values.tolist(), owners.tolist(), strict=True)] == [held[slot] for slot in sorted(held)]
+
+
+def test_gathering_does_not_depend_on_what_the_device_holds() -> None:
+    # Tensors of this device hold no values: whatever reads one, as a wait for an accelerator does, raises.
+    features = [torch.rand(2, c, side, side, device="meta") for c, side in zip(CHANNELS, (16, 8, 4), strict=True)]
+    moments, reservoir = Moments(CHANNELS).to("meta"), Reservoir(20, 12).to("meta")
+    averages = extended_average(features)
+    moments.update(features, averages)
+    reservoir.offer(averages, torch.tensor([1, 2]))
+    assert reservoir.values.shape == (20, 12)
+
+
 def test_what_is_gathered_is_bounded() -> None:
     torch.manual_seed(0)
     gathering = Gathering([8, 8, 8], 20, torch.device("cpu"))

@@ -15,7 +15,7 @@ from anomalib_fractalad.models.aand.loss import (
     PlainDistillationLoss,
 )
 from anomalib_fractalad.models.adps.loss import AsymmetricDistillationLoss, FocalLoss
-from anomalib_fractalad.models.adps.torch_model import join, split
+from anomalib_fractalad.models.adps.student import from_patches, to_patches
 from anomalib_fractalad.models.fractalad.loss import DistillationLoss, SegmentationLoss
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -79,10 +79,10 @@ def test_patches_come_back_in_their_places(
     batch, channels, height, width = shape
     images = torch.randn(batch, channels, grid * height, grid * width).to(dtype).contiguous(memory_format=layout)
     images = images.transpose(2, 3) if flipped else images
-    patches = split(images, grid)
+    patches = to_patches(images, grid)
     assert patches.shape[0] == batch * grid**2
     assert patches.dtype == dtype
-    assert torch.equal(join(patches, grid), images)
+    assert torch.equal(from_patches(patches, grid), images)
 
 
 @settings(max_examples=60, deadline=None)

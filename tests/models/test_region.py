@@ -21,8 +21,8 @@ import anomalib_fractalad
 from anomalib_fractalad.export.module import ExportModule
 from anomalib_fractalad.image_files import UnreadableImageError
 from anomalib_fractalad.inspection import Inspector
-from anomalib_fractalad.models.components import ImageScore, RegionOfInterest, record
-from anomalib_fractalad.models.components.region import OUTSIDE, check_roi, read_roi
+from anomalib_fractalad.models.components import ImageScore, RegionOfInterest
+from anomalib_fractalad.models.components.region import OUTSIDE, check_roi, read_roi, record
 from anomalib_fractalad.models.fractalmemory.gathering import Gathering
 from anomalib_fractalad.models.fractalmemory.stages import StagePlan
 from anomalib_fractalad.registration import MODELS

@@ -452,6 +452,8 @@ def test_nothing_depends_on_what_the_device_holds(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("anomalib_fractalad.transforms.fractal._full_precision", lambda _: nullcontext())
     results = FractalAnomalyGenerator().augment(torch.rand(2, 3, 48, 64, device="meta"))
     assert [tuple(result.shape) for result in results] == [(2, 3, 48, 64), (2, 3, 48, 64), (2, 1, 48, 64)]
+    region = torch.ones(1, 48, 64, dtype=torch.bool, device="meta").expand(2, 1, -1, -1)
+    FractalAnomalyGenerator().augment(torch.rand(2, 3, 48, 64, device="meta"), region)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -488,8 +490,8 @@ def test_cuda_agrees_with_cpu(object_mode: bool) -> None:
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        (torch.rand(3, 64, 64) * 2 - 1, ValueError, "before normalisation"),
-        (torch.full((3, 64, 64), float("nan")), ValueError, "before normalisation"),
+        (torch.rand(3, 64, 64) * 2 - 1, ValueError, "before normalization"),
+        (torch.full((3, 64, 64), float("nan")), ValueError, "before normalization"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), TypeError, "uint8"),
         (torch.zeros(1, 64, 64, dtype=torch.bool), TypeError, "bool"),
         (tv_tensors.Mask(torch.zeros(2, 1, 64, 64)), TypeError, "mask"),

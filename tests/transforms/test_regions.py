@@ -54,6 +54,14 @@ def test_kinds_change_what_the_mask_says_and_nothing_far_from_it(kind: str, imag
     assert foreground_mask(images)[torch.arange(6), 0, rows, columns].float().mean() > 0.8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_do_not_depend_on_what_the_device_holds(kind: str) -> None:
+    # Tensors of this device hold no values: whatever reads one, as a wait for an accelerator does, raises.
+    images = torch.rand(2, 3, 48, 64, device="meta")
+    anomalous, mask = getattr(transforms, f"{kind}AnomalyGenerator")()(images)
+    assert (anomalous.shape, mask.shape) == ((2, 3, 48, 64), (2, 1, 48, 64))
+
+
 def test_a_region_is_where_it_was_drawn() -> None:
     images = torch.rand(1, 3, 64, 64)
     generator = WarpAnomalyGenerator()

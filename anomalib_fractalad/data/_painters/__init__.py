@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from anomalib_fractalad.data._painters import fabric, metal_plate, moulded_part
+from anomalib_fractalad.data._painters import fabric, metal_plate, molded_part
 from anomalib_fractalad.data._painters.canvas import encode, expose, photograph
 
-PAINTERS = {"fabric": fabric, "metal_plate": metal_plate, "moulded_part": moulded_part}
+PAINTERS = {"fabric": fabric, "metal_plate": metal_plate, "molded_part": molded_part}
 _VISIBLE = 4.0
 """Gray levels by which a pixel must differ from the defect-free image to count as defective."""
 

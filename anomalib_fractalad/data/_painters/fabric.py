@@ -49,30 +49,21 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
 
     ``scene`` draws the cloth and its light and is used alike with and without a defect; ``flaw`` draws the defect.
     """
-    pitch_warp, pitch_weft = scene.normal([7.4, 7.9], 0.12)
-    angle = scene.normal(0.0, 0.02)
-    x = X + 1.3 * field(scene, 70.0) + 0.25 * field(scene, 9.0)
-    y = Y + 1.3 * field(scene, 70.0) + 0.25 * field(scene, 9.0)
-    u = (x * np.cos(angle) + y * np.sin(angle)) / pitch_warp + scene.uniform(8, 9)
-    v = (y * np.cos(angle) - x * np.sin(angle)) / pitch_weft + scene.uniform(8, 9)
-    warp, weft = u.astype(int), v.astype(int)
-    du, dv = u - warp - 0.5, v - weft - 0.5
-    nudge = 0.05 * scene.standard_normal((2, _THREADS))
-    du, dv = du - nudge[0][warp], dv - nudge[1][weft]
-
+    weave = _Weave.draw(scene)
+    (u, v), (warp, weft), (du, dv) = weave.across, weave.threads, weave.off_center
     thick_warp, tone_warp = (table[warp, _ROWS] for table in _yarn(scene))
     thick_weft, tone_weft = (table[weft, _COLUMNS] for table in _yarn(scene))
     radius_warp, radius_weft = 0.47 * thick_warp, 0.49 * thick_weft
 
     tear = None
     if defect == "missing_thread":
-        _lose_thread((radius_warp, radius_weft), (warp, weft), (x, y), severity, flaw)
+        _lose_thread((radius_warp, radius_weft), weave.threads, weave.places, severity, flaw)
     elif defect == "cut":
         tear = _Tear.draw(severity, flaw)
-        radius_warp, radius_weft = tear.end_threads((radius_warp, radius_weft), (warp, weft))
+        radius_warp, radius_weft = tear.end_threads((radius_warp, radius_weft), weave.threads)
 
     height_warp, height_weft = _heights(
-        (u, v), (warp, weft), (du / np.maximum(radius_warp, 1e-3), dv / np.maximum(radius_weft, 1e-3))
+        weave.across, weave.threads, (du / np.maximum(radius_warp, 1e-3), dv / np.maximum(radius_weft, 1e-3))
     )
     on_top = height_warp > height_weft
     height = np.maximum(np.maximum(height_warp, height_weft), -1.0)
@@ -90,7 +81,7 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     if defect == "stain":
         albedo = _stain(albedo, severity, texture, flaw)
 
-    light = _light(height, pitch_warp * 0.34 * blur(height + 0.05 * texture, 0.35), scene)
+    light = _light(height, weave.pitch * 0.34 * blur(height + 0.05 * texture, 0.35), scene)
     fuzz = _fuzz(scene)
     image = over(albedo * light[..., None], np.array([0.60, 0.52, 0.41]) * hue, 0.35 * fuzz)
     if defect == "contamination":
@@ -98,6 +89,37 @@ def paint(scene: np.random.Generator, defect: str | None, severity: float, flaw:
     if tear is not None:
         image = _fray(image, severity, tear, flaw)
     return image
+
+
+class _Weave(NamedTuple):
+    """Where the threads lie; pairs are those of the warp and the weft.
+
+    Attributes:
+        pitch: Distance of two threads of the warp.
+        places: Coordinates in the cloth, which is never quite flat.
+        across: The same, counted in threads.
+        threads: Number of the thread at each place.
+        off_center: Distance from the thread's middle, in threads.
+    """
+
+    pitch: float
+    places: tuple[Array, Array]
+    across: tuple[Array, Array]
+    threads: tuple[Array, Array]
+    off_center: tuple[Array, Array]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "_Weave":
+        pitch_warp, pitch_weft = rng.normal([7.4, 7.9], 0.12)
+        angle = rng.normal(0.0, 0.02)
+        x = X + 1.3 * field(rng, 70.0) + 0.25 * field(rng, 9.0)
+        y = Y + 1.3 * field(rng, 70.0) + 0.25 * field(rng, 9.0)
+        u = (x * np.cos(angle) + y * np.sin(angle)) / pitch_warp + rng.uniform(8, 9)
+        v = (y * np.cos(angle) - x * np.sin(angle)) / pitch_weft + rng.uniform(8, 9)
+        warp, weft = u.astype(int), v.astype(int)
+        nudge = 0.05 * rng.standard_normal((2, _THREADS))
+        off_center = (u - warp - 0.5 - nudge[0][warp], v - weft - 0.5 - nudge[1][weft])
+        return cls(pitch_warp, (x, y), (u, v), (warp, weft), off_center)
 
 
 def _lose_thread(
@@ -138,7 +160,7 @@ class _Tear(NamedTuple):
         return cls(center, heading, half, distance, ends)
 
     def end_threads(self, radii: tuple[Array, Array], threads: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Radii of warp and weft that taper off towards the cut."""
+        """Radii of warp and weft that taper off toward the cut."""
         warp, weft = (
             radius * np.sqrt(smoothstep(0.8, 1.15, self.distance / ends[index]))
             for radius, ends, index in zip(radii, self.ends, threads, strict=True)

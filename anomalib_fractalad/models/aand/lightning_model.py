@@ -27,7 +27,7 @@ from anomalib_fractalad.models.components import (
     anomalies_within,
     check_count,
     check_positive,
-    record,
+    recorded,
 )
 from anomalib_fractalad.transforms.foreground import object_mask
 
@@ -82,7 +82,8 @@ class AAND(StagedTraining, AnomalibModule):
         visualizer: Visualizer, or whether to use anomalib's default.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone is unknown or lacks a feature level.
+        ValueError: If an argument is out of range, or the backbone or the anomaly generator is unknown or of no use.
+        TypeError: If ``anomaly_generator`` is of another type.
         RuntimeError: If the pre-trained weights cannot be loaded.
 
     Example:
@@ -134,13 +135,10 @@ class AAND(StagedTraining, AnomalibModule):
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What a checkpoint records.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
-        weights = None if weights is None else str(weights)
-        roi = None if roi is None else record(roi)  # which a checkpoint holds
+        weights, roi = recorded(weights, roi)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.epochs, self.learning_rate = epochs, learning_rate
-        self.split = split
-        self.generator = generator
-        self.object_mode = object_mode
+        self.epochs, self.learning_rate, self.split = epochs, learning_rate, split
+        self.generator, self.object_mode = generator, object_mode
         self.model = AANDModel(
             backbone,
             pre_trained,
@@ -183,8 +181,7 @@ class AAND(StagedTraining, AnomalibModule):
         images, inside = self.training_views(batch)
         parts = self._amplify(images, inside) if self.stage is Stage.AMPLIFICATION else self._distill(images)
         self.log("stage", float(self.stage), prog_bar=True, batch_size=len(images))
-        loss = self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
-        return loss + self.nothing_of_idle_weights()
+        return self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch) + self.nothing_of_idle_weights()
 
     def _amplify(self, images: Tensor, inside: Tensor | None = None) -> dict[str, Tensor]:
         foreground = torch.ones_like(images[:, :1], dtype=torch.bool) if inside is None else inside

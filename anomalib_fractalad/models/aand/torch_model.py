@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
 
 from anomalib_fractalad.models.components import (
     AlignedUpsample,
+    AnomalyNetwork,
     FrozenTeacher,
     GaussianSmoothing,
     ImageScore,
     Reduction,
-    RegionOfInterest,
-    TileByTile,
     check_count,
     cosine_distance,
     is_whole,
@@ -31,7 +28,7 @@ Alignment = Literal["corners", "centers", "centres"]  # the last is an older spe
 SIGMA = 4
 
 
-class AANDModel(nn.Module):
+class AANDModel(AnomalyNetwork):
     """Distance between the features of an advanced teacher and a student.
 
     AAND (arXiv 2405.02068). The losses are in :class:`AAND`.
@@ -51,18 +48,11 @@ class AANDModel(nn.Module):
             of the level, 1024).
         fine_embedding: Let the student decode from an embedding as fine as the coarsest level.
 
-    Attributes:
-        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
-        region: What of the images counts, where not all does.
-
     Raises:
         ValueError: If the backbone lacks a level, or ``strides``, ``score``, ``top_share``, ``alignment`` or
             ``amplifier_width`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
-
-    tiler: Tiler | None = None
-    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -77,14 +67,12 @@ class AANDModel(nn.Module):
         amplifier_width: int | None = None,
         fine_embedding: bool = False,
     ) -> None:
-        super().__init__()
-        self.register_module("region", None)
+        super().__init__(ImageScore(score, top_share))
         check_count(amplifier_width=amplifier_width)
         _check_strides(strides)
         if alignment not in get_args(Alignment):
             msg = f"alignment {alignment!r} is unknown; use one of {', '.join(get_args(Alignment)[:2])}"
             raise ValueError(msg)
-        self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, strides, pre_trained=pre_trained, weights=weights)
         channels = self.teacher.channels
         self.amplifiers = nn.ModuleList(
@@ -93,23 +81,6 @@ class AANDModel(nn.Module):
         self.student = reverse_student(backbone, channels, strides, fine_embedding)
         self.upsample = nn.ModuleList(AlignedUpsample(None if alignment == "corners" else s) for s in strides)
         self.smooth = GaussianSmoothing(SIGMA)
-        self.by_tiles = TileByTile()
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Predict anomaly maps and image scores.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 2 x levels].
-        """
-        if self.region is not None:
-            images = self.region.hide(images)
-        anomaly_map = self.smooth(self.by_tiles(self.predict_map, images, self.tiler))
-        if self.region is not None:
-            anomaly_map = self.region.lower(anomaly_map)
-        return InferenceBatch(pred_score=self.score(anomaly_map, self.region), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole, not yet smoothed.
@@ -122,6 +93,17 @@ class AANDModel(nn.Module):
         """
         teacher = self.advanced_teacher(images)
         return distance_map(teacher, self.student(teacher), images.shape[-2:], self.upsample)
+
+    def finish(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Smooth maps.
+
+        Args:
+            maps: (B, 1, H, W), values in [0, 2 x levels].
+
+        Returns:
+            Scores (B,) and anomaly maps (B, 1, H, W), values in [0, 2 x levels].
+        """
+        return super().finish(self.smooth(maps))
 
     def compare(self, images: Tensor, mask: Tensor, foreground: Tensor) -> list[AmplifiedLevel]:
         """Compare normal and anomalous positions, plain and amplified: what stage I's losses see.

@@ -24,13 +24,14 @@ from anomalib_fractalad.models.components import (
     check_count,
     check_positive,
     gaussian_blur,
-    record,
+    recorded,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import scheduled, step_decay
 
 from .loss import AsymmetricDistillationLoss, FocalLoss
-from .torch_model import LAYERS, ADPSModel, PatchStudent
+from .student import PatchStudent
+from .torch_model import LAYERS, ADPSModel
 
 ANOMALY_PROBABILITY = 0.5
 
@@ -107,8 +108,7 @@ class ADPS(OneClassModule, AnomalibModule):
         generator = AnomalyGenerator(anomaly_generator, anomaly_source_path, probability=ANOMALY_PROBABILITY)
         # What the checkpoint records: plain data, texture folder included.
         anomaly_generator, anomaly_source_path = generator.spec, None  # type: ignore[assignment]
-        weights = None if weights is None else str(weights)
-        roi = None if roi is None else record(roi)  # which a checkpoint holds
+        weights, roi = recorded(weights, roi)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.epochs = epochs
         self.learning_rate = learning_rate

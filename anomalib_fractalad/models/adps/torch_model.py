@@ -3,23 +3,16 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import Tiler
-from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from anomalib_fractalad.models.components import (
-    Backbone,
+    AnomalyNetwork,
     FrozenTeacher,
     ImageScore,
-    RegionOfInterest,
-    TileByTile,
     at_least_float32,
     check_count,
     check_positive,
@@ -27,10 +20,12 @@ from anomalib_fractalad.models.components import (
     gaussian_blur,
 )
 
+from .student import PatchStudent
+
 LAYERS = (4, 8, 16)  # the strides of a ResNet's first three levels
 
 
-class ADPSModel(nn.Module):
+class ADPSModel(AnomalyNetwork):
     """Segmentation of anomalies from a teacher's features, weighted by how badly a student of patches follows them.
 
     ADPS (arXiv 2210.10495), section III.
@@ -44,17 +39,10 @@ class ADPSModel(nn.Module):
         smoothing: Standard deviation, in pixels, of the Gaussian that smooths the map before its maximum is taken.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
-    Attributes:
-        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
-        region: What of the images counts, where not all does.
-
     Raises:
         ValueError: If the backbone lacks a level, or an argument is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
-
-    tiler: Tiler | None = None
-    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -66,33 +54,13 @@ class ADPSModel(nn.Module):
         smoothing: float = 4.0,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__()
-        self.register_module("region", None)
+        super().__init__(ImageScore("max"))
         check_count(patches=patches)
         check_positive(smoothing=smoothing)
         self.teacher = FrozenTeacher(backbone, layers, pre_trained=pre_trained, weights=weights)
         self.student = PatchStudent(backbone, layers, patches, split_layers)
         self.decoder = PostSegmentation(self.teacher.channels, self.teacher.strides)
         self.smooth = gaussian_blur(smoothing)
-        self.score = ImageScore("max")
-        self.by_tiles = TileByTile()
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Predict anomaly maps and image scores.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
-        """
-        if self.region is not None:
-            images = self.region.hide(images)
-        anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
-        if self.region is not None:
-            anomaly_map = self.region.lower(anomaly_map)
-        score = self.score(self.smooth(anomaly_map), self.region)
-        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def check_size(self, size: Sequence[int] | None) -> None:
         """Refuse images whose parts, tiles with a tiler and whole images without, cannot be divided into patches.
@@ -125,6 +93,18 @@ class ADPSModel(nn.Module):
         """
         logits = self.segment(*self.compare(images))
         return at_least_float32(logits).softmax(dim=1)[:, 1:]
+
+    def finish(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the maximum of smoothed maps as the scores of images.
+
+        Args:
+            maps: (B, 1, H, W), values in [0, 1].
+
+        Returns:
+            Scores (B,) and anomaly maps (B, 1, H, W), not smoothed, values in [0, 1].
+        """
+        anomaly_map = self.within_region(maps)
+        return self.score(self.smooth(anomaly_map), self.region), anomaly_map
 
     def compare(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Compare the teacher's features of the image with the student's of its patches.
@@ -167,121 +147,6 @@ def weight_mask_block(teacher: Tensor, distance: Tensor) -> Tensor:
         (B, C, H, W).
     """
     return distance.to(teacher.dtype) * teacher
-
-
-class PatchStudent(Backbone):
-    """A backbone with random weights that sees an image's patches one by one.
-
-    Args:
-        name: Name of a timm model.
-        layers: The levels, from the finest to the coarsest.
-        patches: Patches along each side of the image.
-        split_layers: Those of ``layers`` after which features are split 2 x 2 once more.
-
-    Attributes:
-        size_multiple: What an image's height and width have to be multiples of.
-
-    Raises:
-        ValueError: If levels are out of order, or ``split_layers`` are not among ``layers`` or name the last.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        layers: Sequence[int | str],
-        patches: int,
-        split_layers: Sequence[int | str] = (),
-    ) -> None:
-        super().__init__(name, layers, pre_trained=False)
-        if any(finer >= coarser for finer, coarser in pairwise(self.strides)):
-            msg = f"layers {list(layers)} have strides {self.strides}; name one layer of each stride, the finest first"
-            raise ValueError(msg)
-        if wrong := [layer for layer in split_layers if layer not in layers[:-1]]:
-            msg = f"split_layers has {wrong}; it takes those of layers {list(layers)} that have another behind them"
-            raise ValueError(msg)
-        self.patches = patches
-        grids = [patches]
-        self.grids: list[list[int]] = []
-        for layer, level in zip(layers, self.levels, strict=True):
-            if layer in split_layers:
-                grids = [*grids, 2]
-                _find_module(self.features, level).register_forward_hook(_split_output)
-            self.grids.append(grids)
-        self.size_multiple: int = self.strides[-1] * patches * 2 ** len(set(split_layers))
-
-    def check_size(self, size: Sequence[int], what: Literal["image", "tile"] = "image") -> None:
-        """Refuse a size that cannot be divided into patches.
-
-        Args:
-            size: Height and width of what the student sees.
-            what: What that is.
-
-        Raises:
-            ValueError: If they are not multiples of ``size_multiple``.
-        """
-        multiple = self.size_multiple
-        if any(side % multiple for side in size):
-            smaller = "x".join(str(max(side // multiple, 1) * multiple) for side in size)
-            larger = "x".join(str(-(-side // multiple) * multiple) for side in size)
-            nearest = " or ".join(dict.fromkeys((smaller, larger)))
-            fix = f"Take tiles of {nearest}" if what == "tile" else f"Resize to {nearest} in the pre-processor"
-            msg = (
-                f"{'an' if what == 'image' else 'a'} {what} of {size[0]}x{size[1]} (height x width) cannot be divided "
-                f"into {self.patches} x {self.patches} patches (patches={self.patches}): its sides must be multiples "
-                f"of {multiple}, patches times the stride of the coarsest features. {fix}, or choose fewer patches."
-            )
-            raise ValueError(msg)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Extract the features of all patches as one batch and put them back in their places.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            (B, C_i, H_i, W_i) for each level.
-        """
-        features = super().forward(split(images, self.patches))
-        for i, grids in enumerate(self.grids):
-            for grid in reversed(grids):
-                features[i] = join(features[i], grid)
-        return features
-
-
-def split(images: Tensor, grid: int) -> Tensor:
-    """Cut images into ``grid`` x ``grid`` patches, row by row.
-
-    Args:
-        images: (B, C, H, W).
-        grid: Patches along each side, a divisor of H and W.
-
-    Returns:
-        (B x grid x grid, C, H / grid, W / grid).
-    """
-    return rearrange(images, "b c (rows h) (columns w) -> (b rows columns) c h w", rows=grid, columns=grid)
-
-
-def join(patches: Tensor, grid: int) -> Tensor:
-    """Put patches back together; the reverse of :func:`split`.
-
-    Args:
-        patches: (B x grid x grid, C, h, w).
-        grid: Patches along each side.
-
-    Returns:
-        (B, C, grid x h, grid x w).
-    """
-    return rearrange(patches, "(b rows columns) c h w -> b c (rows h) (columns w)", rows=grid, columns=grid)
-
-
-def _split_output(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-    return split(output, 2)
-
-
-def _find_module(features: nn.Module, level: str) -> nn.Module:
-    """The module of a feature level, whose name timm may have flattened."""
-    flat = level.replace(".", "_")
-    return features.get_submodule(flat if flat in dict(features.named_children()) else level)
 
 
 class PostSegmentation(nn.Module):

@@ -5,8 +5,9 @@ from .arguments import check_count, check_not_negative, check_positive, is_finit
 from .backbone import Backbone, FrozenTeacher
 from .discrepancy import at_least_float32, cosine_distance
 from .generator import AnomalyGenerator, GeneratorChoice
-from .region import RegionOfInterest, record
-from .resampling import AlignedUpsample, Upsample
+from .network import AnomalyNetwork
+from .region import RegionOfInterest, recorded
+from .resampling import AlignedUpsample, Upsample, resize
 from .score import ImageScore, Reduction
 from .smoothing import GaussianSmoothing, gaussian_blur
 from .tiling import TileByTile
@@ -15,6 +16,7 @@ from .within import anomalies_within
 __all__ = [
     "AlignedUpsample",
     "AnomalyGenerator",
+    "AnomalyNetwork",
     "Backbone",
     "FrozenTeacher",
     "GaussianSmoothing",
@@ -33,5 +35,6 @@ __all__ = [
     "gaussian_blur",
     "is_finite",
     "is_whole",
-    "record",
+    "recorded",
+    "resize",
 ]

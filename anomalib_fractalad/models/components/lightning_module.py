@@ -8,27 +8,23 @@ from typing import Any, cast
 
 from anomalib import LearningType
 from anomalib.data import ImageBatch, InferenceBatch
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Score
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.export.module import ExportModule
-from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.repairs.callback import RepairedData
-from anomalib_fractalad.repairs.visualizer import RepairedImageVisualizer
 from anomalib_fractalad.training.arguments import CheckpointArguments
 from anomalib_fractalad.training.callbacks import training_callbacks
 from anomalib_fractalad.training.mask_folders import check_mask_folders
 
+from .defaults import DefaultComponents
 from .region_module import RegionModule
 from .tiled_module import TiledModule
 from .training_check import TrainingCheck
 
 
-class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArguments, ExportModule):
+class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArguments, DefaultComponents, ExportModule):
     """A model that learns from normal images alone, in steps of an optimizer.
 
     A model derives from this class first and from :class:`anomalib.models.AnomalibModule` second.
@@ -51,34 +47,6 @@ class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArgumen
     def learning_type(self) -> LearningType:
         """Learns from normal images alone."""
         return LearningType.ONE_CLASS
-
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize to (height, width), 256x256 by default, and nothing else: the network normalizes by itself."""
-        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Image AUROC and F1, and with masks pixel AUROC, F1, AP (AUPR) and AUPRO."""
-        image, maps = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
-        return Evaluator(
-            test_metrics=[
-                AUROC(image, "image_"),
-                F1Score(["pred_label", "gt_label"], "image_", strict=False),
-                AUROC(maps, "pixel_", strict=False),
-                F1Score(["pred_mask", "gt_mask"], "pixel_", strict=False),
-                *(metric(maps, "pixel_", strict=False) for metric in (AUPR, AUPRO)),
-            ]
-        )
-
-    def configure_post_processor(self) -> OrderPreservingPostProcessor:
-        """Normalization that keeps the order of all values."""
-        return OrderPreservingPostProcessor()
-
-    @classmethod
-    def configure_visualizer(cls) -> RepairedImageVisualizer:
-        """Anomalib's visualizer, which draws gray images of 16 bits as the model reads them."""
-        return RepairedImageVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Anomalib's components, repaired reading of images, and what a training needs beside its model."""

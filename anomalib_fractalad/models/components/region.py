@@ -68,6 +68,19 @@ def record(roi: str | Path) -> str:
     return RECORD + base64.b64encode(buffer.getvalue()).decode()
 
 
+def recorded(weights: str | Path | None, roi: str | Path | None) -> tuple[str | None, str | None]:
+    """Turn what arguments name of files into plain data, which a checkpoint can hold: a path and a region.
+
+    Args:
+        weights: A file of weights, or none.
+        roi: As for :func:`read_roi`, or none.
+
+    Returns:
+        The path of the weights, and what :func:`record` makes of the region.
+    """
+    return None if weights is None else str(weights), None if roi is None else record(roi)
+
+
 def check_roi(roi: str | Path, sizes: Iterable[tuple[int, int]]) -> None:
     """Refuse a region whose proportions are not those of the images.
 

@@ -7,8 +7,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring maps to a size bilinearly, as PyTorch's ``align_corners=False`` does.
+
+    Args:
+        maps: (B, C, h, w).
+        size: Height and width.
+
+    Returns:
+        (B, C, *size).
+    """
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
 class Upsample(nn.Module):
-    """Stretch maps bilinearly, as PyTorch's ``align_corners=False`` does.
+    """:func:`resize` to the size of the image, which an export computes in another way.
 
     Like every resampling here it treats rows and columns alike, one after the other; the export relies on that.
     """
@@ -23,7 +36,7 @@ class Upsample(nn.Module):
         Returns:
             (B, C, *size).
         """
-        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+        return resize(maps, size)
 
 
 class AlignedUpsample(nn.Module):

@@ -25,7 +25,7 @@ from anomalib_fractalad.models.components import (
     check_count,
     check_not_negative,
     check_positive,
-    record,
+    recorded,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.training.schedules import cosine_decay, scheduled
@@ -68,7 +68,7 @@ class FractalAD(OneClassModule, AnomalibModule):
         visualizer: Visualizer, or whether to use anomalib's default.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone is unknown or lacks a feature level.
+        ValueError: If an argument is out of range, or the backbone is unknown or lacks a level of stride 4, 8, 16, 32.
         RuntimeError: If the pre-trained weights cannot be loaded.
 
     Example:
@@ -110,8 +110,7 @@ class FractalAD(OneClassModule, AnomalibModule):
         if weight_decay is None:
             weight_decay = WEIGHT_DECAY_WITH_DISTILLATION if distillation else WEIGHT_DECAY_WITHOUT_DISTILLATION
         check_not_negative(weight_decay=weight_decay)
-        weights = None if weights is None else str(weights)
-        roi = None if roi is None else record(roi)  # which a checkpoint holds
+        weights, roi = recorded(weights, roi)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.epochs = epochs
         self.learning_rate = learning_rate

@@ -6,21 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import Tiler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import Conv2dNormActivation
 
 from anomalib_fractalad.models.components import (
+    AnomalyNetwork,
     Backbone,
     FrozenTeacher,
     ImageScore,
     Reduction,
-    RegionOfInterest,
-    TileByTile,
     Upsample,
     cosine_distance,
+    resize,
 )
 
 STRIDES = (4, 8, 16, 32)
@@ -28,7 +26,7 @@ STRIDES = (4, 8, 16, 32)
 _conv_norm_relu = partial(Conv2dNormActivation, bias=True)
 
 
-class FractalADModel(nn.Module):
+class FractalADModel(AnomalyNetwork):
     """Segmentation of anomalies from a student's features, weighted by their distance to a frozen teacher's.
 
     FractalAD (arXiv 2301.12739), section III.
@@ -41,17 +39,10 @@ class FractalADModel(nn.Module):
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
-    Attributes:
-        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
-        region: What of the images counts, where not all does.
-
     Raises:
         ValueError: If the backbone lacks a level, or ``score`` or ``top_share`` is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
-
-    tiler: Tiler | None = None
-    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -62,29 +53,10 @@ class FractalADModel(nn.Module):
         top_share: float = 0.005,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__()
-        self.register_module("region", None)
-        self.score = ImageScore(score, top_share)
+        super().__init__(ImageScore(score, top_share))
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.student = Backbone(backbone, STRIDES, pre_trained=False) if distillation else None
         self.head = SegmentationHead(self.teacher.channels)
-        self.by_tiles = TileByTile()
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Predict anomaly maps and image scores.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), values in [0, 1].
-        """
-        if self.region is not None:
-            images = self.region.hide(images)
-        anomaly_map = self.by_tiles(self.predict_map, images, self.tiler)
-        if self.region is not None:
-            anomaly_map = self.region.lower(anomaly_map)
-        return InferenceBatch(pred_score=self.score(anomaly_map, self.region), anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict anomaly maps of images as a whole.
@@ -160,7 +132,7 @@ class SegmentationHead(nn.Module):
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = self.smooth[i](pyramid[i] + self.align[i](pyramid[i], pyramid[i + 1]))
         finest = pyramid[0].shape[-2:]
-        fused = self.fuse(torch.cat([_resize(level, finest) for level in pyramid], dim=1))
+        fused = self.fuse(torch.cat([resize(level, finest) for level in pyramid], dim=1))
         logits: Tensor = self.upsample(self.classify(fused), size)
         return logits
 
@@ -186,8 +158,8 @@ class FlowAlignment(nn.Module):
         Returns:
             The coarser map, warped, (B, C, H, W).
         """
-        flow = self.flow(torch.cat([finer, _resize(coarser, finer.shape[-2:])], dim=1))
-        return _resize(warp(coarser, _resize(flow, coarser.shape[-2:])), finer.shape[-2:])
+        flow = self.flow(torch.cat([finer, resize(coarser, finer.shape[-2:])], dim=1))
+        return resize(warp(coarser, resize(flow, coarser.shape[-2:])), finer.shape[-2:])
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
@@ -208,7 +180,3 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     x = 2 * (x + flow[:, 0]) / max(width - 1, 1) - 1
     y = 2 * (y + flow[:, 1]) / max(height - 1, 1) - 1
     return F.grid_sample(image, torch.stack([x, y], dim=-1), align_corners=False)
-
-
-def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=False)

@@ -73,7 +73,7 @@ class Calibration:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             for stored, owner in zip(self.images, self.owners, strict=True):
-                image = stored.to(owner.device).float().unsqueeze(0)
+                image = stored.to(model.memory.items.device).float().unsqueeze(0)
                 hidden = model.memory.hide(owner.unsqueeze(0), torch.ones(1))
                 for light in (image, self.lighting(image)):
                     anomalous, mask = generator(light)

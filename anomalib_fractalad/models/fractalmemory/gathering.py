@@ -28,7 +28,7 @@ class Gathering:
 
     Attributes:
         held_images: Images (3, H, W), every eighth and at most 16, that the head is not trained on.
-        held_owners: Numbers of the parts that they show, (n,).
+        held_owners: Numbers of the parts that they show, (n,), on the CPU.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Gathering:
         self.moments = Moments(channels).to(device)
         self.reservoir = Reservoir(reservoir_size, sum(channels) + len(channels)).to(device)
         self.held_images: list[Tensor] = []
-        self.held_owners = torch.empty(0, dtype=torch.int64, device=device)
+        self.held_owners = torch.empty(0, dtype=torch.int64)
         self.images = 0
         self.finished = False
 
@@ -49,7 +49,7 @@ class Gathering:
         Args:
             teacher: Gives the features.
             images: (B, 3, H, W), values in [0, 1].
-            owner: Numbers of the parts that they show, (B,).
+            owner: Numbers of the parts that they show, (B,), on the CPU.
         """
         features = [level.float() for level in teacher(images)]
         averages = extended_average(features)
@@ -80,14 +80,14 @@ class Gathering:
         device, world = values.device, dist.get_world_size()
         share = max(len(self.reservoir.values) // world, 1)
         chosen = torch.randperm(len(values))[:share].to(device)
-        mine = (values[chosen].cpu(), owners[chosen].cpu(), self.held_images, self.held_owners.cpu())
+        mine = (values[chosen].cpu(), owners[chosen].cpu(), self.held_images, self.held_owners)
         all_parts: list[Any] = [None] * world
         dist.all_gather_object(all_parts, mine)
         for total in self.moments.buffers():
             dist.all_reduce(total)
         held = [pair for part in all_parts for pair in zip(part[2], part[3], strict=True)][: self.most_held]
         self.held_images = [image for image, _ in held]
-        self.held_owners = torch.tensor([int(owner) for _, owner in held], dtype=torch.int64, device=device)
+        self.held_owners = torch.tensor([int(owner) for _, owner in held], dtype=torch.int64)
         values, owners = (torch.cat([part[i] for part in all_parts]).to(device) for i in (0, 1))
         return values, owners
 
@@ -95,7 +95,7 @@ class Gathering:
         """What every process has to remember to go on, as plain data; a single entry where it is the same for all."""
         state = {
             "held_images": self.held_images,
-            "held_owners": self.held_owners.cpu(),
+            "held_owners": self.held_owners,
             "images": self.images,
             "finished": self.finished,
         }
@@ -115,7 +115,7 @@ class Gathering:
             state: An entry of :meth:`states`.
         """
         self.held_images = list(state["held_images"])
-        self.held_owners = state["held_owners"].to(self.held_owners.device)
+        self.held_owners = state["held_owners"].cpu()
         self.images, self.finished = state["images"], state["finished"]
         if not self.finished:
             self.moments.load_state_dict(state["moments"])

@@ -25,7 +25,7 @@ from anomalib_fractalad.models.components import (
     Reduction,
     check_count,
     check_positive,
-    record,
+    recorded,
 )
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
@@ -73,12 +73,13 @@ class FractalMemory(OneClassModule, AnomalibModule):
         roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
             outside is neither trained on nor scored nor shown. Left out, all counts.
         pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
-        post_processor: Post-processor, or whether to use anomalib's default.
+        post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone is unknown or lacks a feature level.
+        ValueError: If an argument is out of range, part_pattern is no regular expression, or the backbone is unknown or
+            lacks a level at stride 4, 8 or 16.
         RuntimeError: If the pre-trained weights cannot be loaded.
 
     Example:
@@ -125,8 +126,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
             raise ValueError(msg)
         check_pattern(part_pattern)
-        weights = None if weights is None else str(weights)
-        roi = None if roi is None else record(roi)  # which a checkpoint holds
+        weights, roi = recorded(weights, roi)
         super().__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -238,10 +238,12 @@ class FractalMemory(OneClassModule, AnomalibModule):
         if self.stage is Stage.GATHERING:
             gathering.add(self.model.teacher, images, owner)
             return nothing
-        learned = ~torch.isin(owner, gathering.held_owners)
-        if not learned.any():
+        # On the CPU, where the numbers of parts are: nothing waits for an accelerator.
+        learned = (~torch.isin(owner, gathering.held_owners)).nonzero().squeeze(1)
+        if not len(learned):
             return nothing
-        parts = self._segment(images[learned], owner[learned], None if inside is None else inside[learned])
+        rows = learned.to(self.device, non_blocking=True)
+        parts = self._segment(images[rows], owner[learned], None if inside is None else inside[rows])
         return self.log_losses(torch.stack(list(parts.values())).sum(), parts, batch)
 
     def _segment(self, images: Tensor, owner: Tensor, inside: Tensor | None = None) -> dict[str, Tensor]:
@@ -249,8 +251,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         anomalous, mask = self.generator(images)
         if inside is not None:
             anomalous, mask = torch.where(inside, anomalous, images), mask * inside
-        normal = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)].to(images.device)
-        owner = torch.cat([owner, owner[normal]])
+        chosen = torch.randperm(len(images))[: math.ceil(len(images) / NORMAL_SHARE)]
+        owner = torch.cat([owner, owner[chosen]])
+        normal = chosen.to(images.device, non_blocking=True)
         mask = torch.cat([mask, torch.zeros_like(mask[normal])])
         with torch.no_grad():
             features = self.model.teacher(torch.cat([anomalous, images[normal]]))
@@ -271,11 +274,11 @@ class FractalMemory(OneClassModule, AnomalibModule):
             batch: Images with their paths.
 
         Returns:
-            (B,), equal for images of one part.
+            (B,), on the CPU, equal for images of one part.
         """
         paths = batch.image_path or [f"{self.global_rank} {self.trainer.global_step} {i}" for i in range(len(batch))]
         numbers = [part_number(str(path), self.part_pattern) for path in paths]
-        return torch.tensor(numbers, device=self.device)
+        return torch.tensor(numbers)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Fill the memory when all is gathered, and scale the maps where an epoch or the training ends."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_fractalad.models.components import at_least_float32
+from anomalib_fractalad.models.components import at_least_float32, resize
 
 
 class Descriptor(nn.Module):
@@ -114,15 +114,15 @@ class FeatureMemory(nn.Module):
         """Choose items to pass over: an image's own, and of the others all but a random share.
 
         Args:
-            owner: Numbers (B,) of the images' owners.
-            share: Shares (B,) of the others that are left; at least one item is left.
+            owner: Numbers (B,) of the images' owners, on any device.
+            share: Shares (B,) of the others that are left, on the CPU; at least one item is left.
 
         Returns:
             Boolean (B, N).
         """
-        own = self.owners == owner[:, None]
+        own = self.owners == owner.to(self.owners.device, non_blocking=True)[:, None]
         own &= ~own.all(dim=1, keepdim=True)
-        thinned = own | (torch.rand(own.shape) >= share[:, None].cpu()).to(own.device)
+        thinned = own | (torch.rand(own.shape) >= share[:, None]).to(own.device, non_blocking=True)
         return torch.where(thinned.all(dim=1, keepdim=True), own, thinned)
 
     def forward(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -156,13 +156,3 @@ class FeatureMemory(nn.Module):
         if hidden is not None:
             distance.masked_fill_(hidden[..., None, None], torch.inf)
         return distance
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring maps (B, C, H, W) to a size, bilinearly.
-
-    Args:
-        maps: (B, C, H, W).
-        size: Height and width.
-    """
-    return F.interpolate(maps, size=list(size), mode="bilinear", align_corners=False)

@@ -59,7 +59,8 @@ class Moments(nn.Module):
             features: (B, C_i, H_i, W_i) for each level.
             averages: What :func:`extended_average` makes of them.
         """
-        self.count += torch.tensor([level[:, 0].numel() for level in features], device=self.count.device)
+        for i, level in enumerate(features):
+            self.count[i] += level[:, 0].numel()
         self.total += torch.cat([level.double().sum(dim=(0, 2, 3)) for level in features])
         self.squares += torch.cat([level.double().square().sum(dim=(0, 2, 3)) for level in features])
         rows = averages.movedim(1, -1).flatten(0, 2).double()
@@ -125,25 +126,28 @@ class Reservoir(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def offer(self, averages: Tensor, owner: Tensor) -> None:
-        """Offer all places of a batch.
+        """Offer all places of a batch, without waiting for an accelerator.
 
         Args:
             averages: (B, C, H, W).
-            owner: Numbers of the images' owners, (B,).
+            owner: Numbers of the images' owners, (B,), on any device.
         """
-        rows = averages.movedim(1, -1).flatten(0, 2)
-        owners = owner.repeat_interleave(len(rows) // len(owner))
-        number = int(self.seen) + torch.arange(len(rows))
+        size, device = len(self.values), self.values.device
+        rows = averages.movedim(1, -1).flatten(0, 2).to(self.values.dtype)
+        owners = owner.to(device, non_blocking=True).repeat_interleave(len(rows) // len(owner))
+        row = torch.arange(len(rows), device=device)
+        number = self.seen + row
         # The place of this number stays with probability size / (number + 1), in a slot at random.
-        slot = (torch.rand(len(rows), dtype=torch.float64) * (number + 1)).long()
-        slot = torch.where(number < len(self.values), number, slot)
-        kept = (slot < len(self.values)).nonzero().squeeze(1)
-        last = {int(slot[i]): int(i) for i in kept}  # of several for one slot, the last stays
-        if last:
-            slots = torch.tensor(list(last), device=self.values.device)
-            chosen = torch.tensor(list(last.values()), device=self.values.device)
-            self.values[slots] = rows[chosen].to(self.values.dtype)
-            self.owners[slots] = owners[chosen]
+        drawn = torch.rand(len(rows), dtype=torch.float64).to(device, non_blocking=True)
+        slot = torch.where(number < size, number, (drawn * (number + 1)).long())
+        stays = slot < size
+        slot = torch.where(stays, slot, 0)
+        # Of several rows for a slot the last stays, and all write that one: in no order is another left. Rows that stay
+        # nowhere write what slot 0 gets, too, or else what it holds.
+        last = row.new_full((size,), -1).scatter_reduce(0, slot, torch.where(stays, row, -1), "amax")
+        written = last[slot]
+        self.values[slot] = torch.cat([rows, self.values[:1]])[written]
+        self.owners[slot] = torch.cat([owners, self.owners[:1]])[written]
         self.seen += len(rows)
 
     @property

@@ -6,29 +6,28 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils.tiler import Tiler
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_fractalad.models.components import (
+    AnomalyNetwork,
     FrozenTeacher,
     ImageScore,
     Reduction,
     RegionOfInterest,
-    TileByTile,
     Upsample,
     at_least_float32,
     check_count,
+    resize,
 )
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
 from .head import BoundedGate, ResidualHead
-from .memory import Descriptor, FeatureMemory, resize
+from .memory import Descriptor, FeatureMemory
 
 STRIDES = (4, 8, 16)
 
 
-class FractalMemoryModel(nn.Module):
+class FractalMemoryModel(AnomalyNetwork):
     """Distance to the nearest normal feature, and a segmentation of the difference from it.
 
     Args:
@@ -42,17 +41,10 @@ class FractalMemoryModel(nn.Module):
         top_share: Share of the pixels, in (0, 1], that the score ``top`` takes.
         weights: Local timm checkpoint for the teacher, in place of ImageNet weights.
 
-    Attributes:
-        tiler: What large images are cut with for prediction; set by anomalib's TilerConfigurationCallback.
-        region: What of the images counts, where not all does.
-
     Raises:
         ValueError: If the backbone lacks a level, or another argument is out of range.
         RuntimeError: If the pre-trained weights cannot be loaded.
     """
-
-    tiler: Tiler | None = None
-    region: RegionOfInterest | None
 
     def __init__(
         self,
@@ -66,10 +58,8 @@ class FractalMemoryModel(nn.Module):
         top_share: float = 0.005,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(ImageScore(score, top_share))
         check_count(memory_size=memory_size, width=width, sigma=sigma)
-        self.register_module("region", None)
-        self.score = ImageScore(score, top_share)
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.descriptor = Descriptor(self.teacher.channels)
         channels = sum(self.teacher.channels)
@@ -78,24 +68,6 @@ class FractalMemoryModel(nn.Module):
         self.gate = BoundedGate()
         self.upsample = Upsample()
         self.smooth = GaussianSmoothing(sigma)
-        self.by_tiles = TileByTile()
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Predict anomaly maps and image scores.
-
-        Args:
-            images: (B, 3, H, W), values in [0, 1].
-
-        Returns:
-            ``anomaly_map`` (B, 1, H, W) and ``pred_score`` (B,), from 0 on: log(1 + x) of the distance, of which 1
-            is normal. The score is the distance's, whatever the head says.
-        """
-        if self.region is not None:
-            images = self.region.hide(images)
-        score, anomaly_map = self._smoothed(self.by_tiles(self.predict_map, images, self.tiler), self.region)
-        if self.region is not None:
-            anomaly_map = self.region.lower(anomaly_map)
-        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def predict_map(self, images: Tensor) -> Tensor:
         """Predict maps, not smoothed, of images as a whole.
@@ -109,6 +81,19 @@ class FractalMemoryModel(nn.Module):
         features = self.teacher(images)
         residual, distance = (None, self.distance(features)) if self.head is None else self.compare(features)
         return self._maps(residual, distance, images.shape[-2:])
+
+    def finish(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Smooth maps and take their logarithm.
+
+        Args:
+            maps: What :meth:`predict_map` gives, (B, 1 or 2, H, W).
+
+        Returns:
+            Scores (B,) and anomaly maps (B, 1, H, W), from 0 on: log(1 + x) of the distance, of which 1 is normal. The
+            score is the distance's, whatever the head says.
+        """
+        score, anomaly_map = self._smoothed(maps, self.region)
+        return score, self.within_region(anomaly_map)
 
     def refined_map(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Predict scores and maps of images that have been compared.
