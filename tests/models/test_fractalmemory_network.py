@@ -18,8 +18,10 @@ from anomalib_fractalad.models.fractalmemory.statistics import (
     REGULARIZATION,
     Moments,
     Reservoir,
+    check_level_weights,
     extended_average,
     farthest_points,
+    places,
 )
 
 CHANNELS = [2, 3, 4]
@@ -67,6 +69,69 @@ def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
     torch.testing.assert_close(described.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
     averages = extended_average(features).movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
+
+
+def test_levels_are_whitened_by_themselves_and_count_by_their_weights() -> None:
+    features = random_features(6)
+    moments, joint, descriptor = Moments(CHANNELS), Descriptor(CHANNELS), Descriptor(CHANNELS)
+    moments.update(features, extended_average(features))
+    moments.fit(joint)
+    affine = moments.fit(descriptor, (4.0, 2.0, 1.0))
+
+    # A second way: the levels of jointly whitened features, whose whitening is undone.
+    rows = (joint(features).movedim(1, -1).flatten(0, 2) @ torch.linalg.inv(joint.whiten).mT).double()
+    expected = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for level, weight in zip(torch.split(rows, CHANNELS, dim=1), (4, 2, 1), strict=True):
+        covariance = level.mT @ level / len(level) + REGULARIZATION * torch.eye(level.shape[1], dtype=torch.float64)
+        difference = level[:, None] - level[None]
+        mahalanobis = torch.einsum("ijc,cd,ijd->ij", difference, torch.linalg.inv(covariance), difference)
+        expected += weight / 7 * sum(CHANNELS) / level.shape[1] * mahalanobis
+    described = descriptor(features).movedim(1, -1).flatten(0, 2)
+    found = torch.cdist(described.double(), described.double()).square()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    averages = extended_average(features).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("nan"), 1.0)])
+def test_wrong_level_weights_are_named(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="level_weights"):
+        check_level_weights(weights)
+    check_level_weights(None)
+
+
+def test_what_lies_outside_a_region_is_not_gathered() -> None:
+    features = random_features(2)
+    inside = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    inside[0, :, :, 32:], inside[1, :, 16:48, 32:] = True, True
+    other = [level.clone() for level in features]
+    for level in other:
+        level[..., : level.shape[-1] // 2] = 7
+    gathered = []
+    for levels in (features, other):
+        moments, reservoir = Moments(CHANNELS), Reservoir(96, 9)
+        averages = torch.cat(
+            [F.interpolate(level, size=(8, 8)) for level in levels], dim=1
+        )  # without the neighbors that averages take in
+        extended = torch.cat([averages, torch.ones(2, 3, 8, 8)], dim=1)
+        moments.update(levels, extended, inside)
+        reservoir.offer(averages, torch.tensor([5, 6]), inside)
+        gathered.append((moments.state_dict(), reservoir.state_dict()))
+    for ours, theirs in zip(*gathered, strict=True):
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+    assert moments.places == 8 * 4 + 4 * 4
+    assert moments.count.tolist() == [16 * 8 + 8 * 8, 8 * 4 + 4 * 4, 4 * 2 + 2 * 2]
+    values, owners = reservoir.sample
+    assert owners.tolist() == [5] * 32 + [6] * 16
+    torch.testing.assert_close(values[:4], averages[0, :, 0, 4:].mT)
+
+
+def test_a_region_smaller_than_a_place_still_counts() -> None:
+    inside = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    inside[..., 9, 17:20] = True
+    row = places(torch.arange(64.0).view(1, 1, 8, 8), inside)
+    assert row.tolist() == [[10.0]]
 
 
 def test_a_silent_channel_is_no_fault() -> None:

@@ -43,18 +43,19 @@ class Gathering:
         self.finished = False
 
     @torch.no_grad()
-    def add(self, teacher: nn.Module, images: Tensor, owner: Tensor) -> None:
+    def add(self, teacher: nn.Module, images: Tensor, owner: Tensor, inside: Tensor | None = None) -> None:
         """Take in normal images.
 
         Args:
             teacher: Gives the features.
             images: (B, 3, H, W), values in [0, 1].
             owner: Numbers of the parts that they show, (B,), on the CPU.
+            inside: Pixels that count, boolean (B, 1, H, W). Left out, all count.
         """
         features = [level.float() for level in teacher(images)]
         averages = extended_average(features)
-        self.moments.update(features, averages)
-        self.reservoir.offer(averages, owner)
+        self.moments.update(features, averages, inside)
+        self.reservoir.offer(averages, owner, inside)
         first = (-self.images) % HELD_EVERY
         for i in range(first, len(images), HELD_EVERY):
             if len(self.held_images) < self.most_held:
@@ -62,16 +63,17 @@ class Gathering:
                 self.held_owners = torch.cat([self.held_owners, owner[i : i + 1]])
         self.images += len(images)
 
-    def finish(self, model: FractalMemoryModel) -> None:
+    def finish(self, model: FractalMemoryModel, level_weights: Sequence[float] | None = None) -> None:
         """Fill the model's memory, the same in every process.
 
         Args:
             model: The network.
+            level_weights: As for :meth:`Moments.fit`.
         """
         values, owners = self.reservoir.sample
         if dist.is_available() and dist.is_initialized():
             values, owners = self._share(values, owners)
-        fill_memory(model.memory, model.descriptor, self.moments, values, owners)
+        fill_memory(model.memory, model.descriptor, self.moments, values, owners, level_weights)
         self.moments, self.reservoir = Moments(self.moments.channels), Reservoir(1, 1)  # no longer needed
         self.finished = True
 

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW, Optimizer
 
-from anomalib_fractalad.models.components import (
-    ImageScore,
-    Reduction,
-    check_count,
-    check_positive,
-    recorded,
-)
+from anomalib_fractalad.models.components import ImageScore, Reduction, check_count, check_positive, recorded
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 from anomalib_fractalad.training.schedules import epoch_length, scheduled
@@ -37,6 +31,7 @@ from .gathering import MOST_HELD, Gathering
 from .loss import SegmentationLoss
 from .parts import check_pattern, part_number
 from .stages import Stage, StagePlan
+from .statistics import check_level_weights, check_sizes
 from .torch_model import FractalMemoryModel
 
 WEIGHT_DECAY = 0.01
@@ -59,6 +54,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         memory_size: Number of normal descriptors that the memory holds.
         reservoir_size: Number of descriptors, drawn evenly from all images, that the memory is chosen from. With the
             memory it bounds what is held, however many images there are.
+        level_weights: What the levels at strides 4, 8 and 16 count in squared distances; each is whitened by itself.
+            None whitens all by their joint covariance, where each of a level's channels counts as much.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
         head: Train a head that refines maps, in all epochs after the first. It has to be tried on defects of the part:
@@ -90,7 +87,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     model: FractalMemoryModel
     architecture: ClassVar = {"backbone": str, "memory_size": int, "head": bool, "width": int}
-    training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "part_pattern"})
+    training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "level_weights", "part_pattern"})
     untrained_because = (
         "its memory is empty, since the training ended before all features were gathered, or never began. Train it, or "
         "go on from its last checkpoint (ckpt_path)"
@@ -104,8 +101,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
         weights: str | Path | None = None,
-        memory_size: int = 2000,
-        reservoir_size: int = 40_000,
+        memory_size: int = 4000,
+        reservoir_size: int = 80_000,
+        level_weights: tuple[float, float, float] | None = (4.0, 2.0, 1.0),
         part_pattern: str | None = None,
         head: bool = False,
         width: int = 64,
@@ -121,11 +119,10 @@ class FractalMemory(OneClassModule, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_positive(learning_rate=learning_rate)
-        check_count(epochs=epochs, memory_size=memory_size, reservoir_size=reservoir_size)
-        if reservoir_size < memory_size:
-            msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
-            raise ValueError(msg)
+        check_count(epochs=epochs)
+        check_sizes(memory_size, reservoir_size)
         check_pattern(part_pattern)
+        check_level_weights(level_weights)
         weights, roi = recorded(weights, roi)
         super().__init__(
             pre_processor=pre_processor,
@@ -136,6 +133,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.reservoir_size = reservoir_size
+        self.level_weights = level_weights
         self.part_pattern = part_pattern
         self.generator = MixedAnomalyGenerator()
         self.model = FractalMemoryModel(
@@ -201,7 +199,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         gathering = cast("Gathering", self._gathering)
         if not gathering.finished:  # a checkpoint of the last step of the gathering was written just before
             rank_zero_info("FractalMemory fills its memory")
-            gathering.finish(self.model)
+            gathering.finish(self.model, self.level_weights)
         if self.model.head is not None:
             self._calibration = Calibration(gathering)
             self._calibration(self.model, trained=self.trainer.global_step > self.plan.gathering)
@@ -236,7 +234,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         nothing = torch.stack([parameter[:0].sum() for parameter in self.trained_weights]).sum()
         gathering = cast("Gathering", self._gathering)
         if self.stage is Stage.GATHERING:
-            gathering.add(self.model.teacher, images, owner)
+            gathering.add(self.model.teacher, images, owner, inside)
             return nothing
         # On the CPU, where the numbers of parts are: nothing waits for an accelerator.
         learned = (~torch.isin(owner, gathering.held_owners)).nonzero().squeeze(1)

@@ -7,10 +7,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_fractalad.models.components import check_count, check_positive
+
 from .memory import Descriptor, FeatureMemory, average
 
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
+LEVELS = 3
 PROJECTION = 64  # dimensions that distances between candidates are measured in
+
+
+def check_level_weights(level_weights: Sequence[float] | None) -> None:
+    """Refuse weights that are not three finite numbers above zero.
+
+    Args:
+        level_weights: Weights of the levels at strides 4, 8 and 16, or none.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if level_weights is None:
+        return
+    if len(level_weights) != LEVELS:
+        msg = f"level_weights is {level_weights!r}; it must hold {LEVELS} numbers, for strides 4, 8 and 16, or be None"
+        raise ValueError(msg)
+    check_positive(**{f"level_weights[{i}]": weight for i, weight in enumerate(level_weights)})
+
+
+def check_sizes(memory_size: int, reservoir_size: int) -> None:
+    """Refuse a memory larger than what it is chosen from.
+
+    Args:
+        memory_size: Number of items.
+        reservoir_size: Number of candidates.
+
+    Raises:
+        ValueError: If so, or if one is no whole number above zero.
+    """
+    check_count(memory_size=memory_size, reservoir_size=reservoir_size)
+    if reservoir_size < memory_size:
+        msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
+        raise ValueError(msg)
 
 
 class Moments(nn.Module):
@@ -52,27 +88,31 @@ class Moments(nn.Module):
         }.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
-    def update(self, features: Sequence[Tensor], averages: Tensor) -> None:
+    def update(self, features: Sequence[Tensor], averages: Tensor, inside: Tensor | None = None) -> None:
         """Take in normal features.
 
         Args:
             features: (B, C_i, H_i, W_i) for each level.
             averages: What :func:`extended_average` makes of them.
+            inside: Pixels of the images that count, boolean (B, 1, H, W). Left out, all count.
         """
-        for i, level in enumerate(features):
-            self.count[i] += level[:, 0].numel()
-        self.total += torch.cat([level.double().sum(dim=(0, 2, 3)) for level in features])
-        self.squares += torch.cat([level.double().square().sum(dim=(0, 2, 3)) for level in features])
-        rows = averages.movedim(1, -1).flatten(0, 2).double()
+        levels = [places(level, inside).double() for level in features]
+        for i, level in enumerate(levels):
+            self.count[i] += len(level)
+        self.total += torch.cat([level.sum(dim=0) for level in levels])
+        self.squares += torch.cat([level.square().sum(dim=0) for level in levels])
+        rows = places(averages, inside).double()
         self.places += len(rows)
         self.sum += rows.sum(dim=0)
         self.products += rows.mT @ rows
 
-    def fit(self, descriptor: Descriptor) -> Tensor:
+    def fit(self, descriptor: Descriptor, level_weights: Sequence[float] | None = None) -> Tensor:
         """Set a descriptor's standardization and whitening.
 
         Args:
             descriptor: Where the results are stored.
+            level_weights: What each level counts in squared distances; each is whitened by itself. Left out, all are
+                whitened by their joint covariance, and each of a level's channels counts as much.
 
         Returns:
             (C, C + S + 1), the affine map from extended averages and a 1 to whitened descriptors.
@@ -88,9 +128,14 @@ class Moments(nn.Module):
         center = self.sum / self.places
         covariance = self.products / self.places - torch.outer(center, center)
         covariance = standardize @ covariance @ standardize.mT
-        identity = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-        factor = torch.linalg.cholesky(covariance + REGULARIZATION * identity)
-        whiten = torch.linalg.solve_triangular(factor, identity, upper=False)
+        if level_weights is None:
+            whiten = _whitening(covariance)
+        else:
+            share = torch.tensor(level_weights, dtype=mean.dtype, device=mean.device) / sum(level_weights)
+            blocks = [covariance[own][:, own] for own in torch.split(torch.arange(len(mean)), self.channels)]
+            scales = (share * len(mean) / torch.tensor(self.channels, device=mean.device)).sqrt()
+            whitenings = [scale * _whitening(block) for scale, block in zip(scales, blocks, strict=True)]
+            whiten = torch.block_diag(*whitenings)  # type: ignore[no-untyped-call]
         shift = -whiten @ standardize @ center
         for buffer, value in (
             (descriptor.mean, mean),
@@ -100,6 +145,14 @@ class Moments(nn.Module):
         ):
             buffer.copy_(value)
         return torch.cat([whiten @ standardize, shift[:, None]], dim=1).float()
+
+
+def _whitening(covariance: Tensor) -> Tensor:
+    """The lower triangular matrix that makes features of a covariance (C, C) uncorrelated and of variance 1."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    factor = torch.linalg.cholesky(covariance + REGULARIZATION * identity)
+    whitening: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return whitening
 
 
 class Reservoir(nn.Module):
@@ -125,16 +178,18 @@ class Reservoir(nn.Module):
         self.register_buffer("owners", torch.full((size,), -1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def offer(self, averages: Tensor, owner: Tensor) -> None:
-        """Offer all places of a batch, without waiting for an accelerator.
+    def offer(self, averages: Tensor, owner: Tensor, inside: Tensor | None = None) -> None:
+        """Offer all places of a batch, without waiting for an accelerator if all count.
 
         Args:
             averages: (B, C, H, W).
             owner: Numbers of the images' owners, (B,), on any device.
+            inside: Pixels of the images that count, boolean (B, 1, H', W'). Left out, all count.
         """
         size, device = len(self.values), self.values.device
-        rows = averages.movedim(1, -1).flatten(0, 2).to(self.values.dtype)
-        owners = owner.to(device, non_blocking=True).repeat_interleave(len(rows) // len(owner))
+        rows = places(averages, inside).to(self.values.dtype)
+        owner = owner.to(device, non_blocking=True)[:, None, None, None]
+        owners = places(owner.expand(-1, 1, *averages.shape[-2:]), inside).squeeze(1)
         row = torch.arange(len(rows), device=device)
         number = self.seen + row
         # The place of this number stays with probability size / (number + 1), in a slot at random.
@@ -157,6 +212,24 @@ class Reservoir(nn.Module):
         return self.values[:count], self.owners[:count]
 
 
+def places(maps: Tensor, inside: Tensor | None = None) -> Tensor:
+    """The places of maps in one list.
+
+    Args:
+        maps: (B, C, h, w).
+        inside: Pixels that count, boolean (B, 1, H, W); of the places, those that lie in them by half, or as far as any
+            does. Left out, all places.
+
+    Returns:
+        (n, C).
+    """
+    rows = maps.movedim(1, -1)
+    if inside is None:
+        return rows.flatten(0, 2)
+    share = F.interpolate(inside.float(), size=maps.shape[-2:], mode="area").squeeze(1)
+    return rows[(share > 0) & (share >= share.amax().clamp(max=0.5))]
+
+
 def extended_average(features: Sequence[Tensor]) -> Tensor:
     """Averages of features, and of ones at each level.
 
@@ -172,7 +245,12 @@ def extended_average(features: Sequence[Tensor]) -> Tensor:
 
 
 def fill_memory(
-    memory: FeatureMemory, descriptor: Descriptor, moments: Moments, values: Tensor, owners: Tensor
+    memory: FeatureMemory,
+    descriptor: Descriptor,
+    moments: Moments,
+    values: Tensor,
+    owners: Tensor,
+    level_weights: Sequence[float] | None = None,
 ) -> None:
     """Set a descriptor, and fill a memory with the candidates that lie farthest from each other.
 
@@ -182,8 +260,9 @@ def fill_memory(
         moments: What the descriptor is made of.
         values: Extended averages of the candidates, (n, C + S).
         owners: Numbers of their owners, (n,).
+        level_weights: As for :meth:`Moments.fit`.
     """
-    affine = moments.fit(descriptor)
+    affine = moments.fit(descriptor, level_weights)
     candidates = F.linear(values, affine[:, :-1], affine[:, -1])
     chosen = farthest_points(candidates, min(len(memory.items), len(candidates)))
     memory.fill(candidates[chosen], owners[chosen])
