@@ -101,7 +101,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
         weights: str | Path | None = None,
-        memory_size: int = 4000,
+        memory_size: int = 3000,
         reservoir_size: int = 80_000,
         level_weights: tuple[float, float, float] | None = (4.0, 2.0, 1.0),
         part_pattern: str | None = None,

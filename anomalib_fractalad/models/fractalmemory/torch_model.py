@@ -50,7 +50,7 @@ class FractalMemoryModel(AnomalyNetwork):
         self,
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
-        memory_size: int = 4000,
+        memory_size: int = 3000,
         head: bool = False,
         width: int = 64,
         sigma: int = 4,
