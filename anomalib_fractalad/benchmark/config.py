@@ -281,6 +281,8 @@ def _sets_own_length(model_class: Any, arguments: dict[str, Any]) -> bool:
     """Whether the model needs no training budget. It is not built for this, since that may fetch weights."""
     from anomalib import LearningType  # noqa: PLC0415
 
+    if hasattr(model_class, "sets_own_length"):
+        return bool(model_class.sets_own_length(arguments))
     unbuilt = SimpleNamespace(**arguments)
     try:
         zero_shot = model_class.learning_type.fget(unbuilt) in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}

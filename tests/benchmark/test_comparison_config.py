@@ -38,6 +38,14 @@ def jobs(*models: Any, data: Any = (DATA,), seeds: Any = (0,), **settings: Any) 
         ([{}], r"models\[0\] has no class_path; give"),
         ([PADIM, {"class_path": "Patchcor"}], r"models\[1\]: anomalib.models has no 'Patchcor'; it has .*Patchcore"),
         ([{**PADIM, "init_args": {"bone": 1}}], r"(?s)models\[0\].*'bone' is not accepted"),
+        (
+            [{"class_path": "FractalMemory", "init_args": {"head": True}}],
+            r"models\[0\] \(FractalMemory\) has no training budget; give epochs or steps",
+        ),
+        (
+            [{"class_path": "FractalMemory", "epochs": 2}],
+            r"models\[0\] \(FractalMemory\) has epochs 2, but sets its training length itself",
+        ),
         ([{"class_path": "Stfpm"}], r"models\[0\] \(Stfpm\) has no training budget; give epochs or steps"),
         ([{"class_path": "Stfpm", "epochs": 0}], r"\(Stfpm\): epochs is 0; it must be above 0"),
         ([{"class_path": "Stfpm", "epochs": 2, "steps": 3}], "has epochs 2 and steps 3; give one of them"),

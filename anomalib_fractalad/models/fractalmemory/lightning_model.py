@@ -146,6 +146,15 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self._gathering: Gathering | None = None
         self._calibration: Calibration | None = None
 
+    @staticmethod
+    def sets_own_length(arguments: Mapping[str, Any]) -> bool:
+        """Whether a model of these arguments trains for one epoch, whatever it is told.
+
+        Args:
+            arguments: Those of the class.
+        """
+        return not arguments.get("head")
+
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Trainer settings that the model insists on: a single epoch, where there is no head to train."""
