@@ -148,11 +148,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     @staticmethod
     def sets_own_length(arguments: Mapping[str, Any]) -> bool:
-        """Whether a model of these arguments trains for one epoch, whatever it is told.
-
-        Args:
-            arguments: Those of the class.
-        """
+        """Whether a model of these arguments trains for one epoch, whatever it is told."""
         return not arguments.get("head")
 
     @property
