@@ -59,7 +59,9 @@ CASES = [
 ]
 
 
-def train(name: str, workers: int, data: Path, folder: Path, *callbacks: Callback, every_step: int = 0) -> None:
+def train(
+    name: str, workers: int, data: Path, folder: Path, *callbacks: Callback, every_step: int = 0, validation: int = 1
+) -> None:
     """Train from the last checkpoint in a folder, and write the weights into the folder.
 
     Args:
@@ -69,6 +71,7 @@ def train(name: str, workers: int, data: Path, folder: Path, *callbacks: Callbac
         folder: Where checkpoints are.
         *callbacks: Further callbacks.
         every_step: Number of steps between checkpoints; 0 for anomalib's own, one file at the end of every epoch.
+        validation: Number of epochs between validations.
     """
     checkpoints = sorted(folder.glob("*.ckpt"), key=os.path.getmtime)
     seed_everything(99 if checkpoints else 1)
@@ -76,7 +79,9 @@ def train(name: str, workers: int, data: Path, folder: Path, *callbacks: Callbac
     datamodule.train_batch_size = 3
     steps = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": every_step} if every_step else {}
     checkpoint = ModelCheckpoint(folder, **{"filename": "model", **steps})
-    engine = small_engine(folder, max_epochs=EPOCHS, callbacks=[checkpoint, *callbacks])
+    engine = small_engine(
+        folder, max_epochs=EPOCHS, check_val_every_n_epoch=validation, callbacks=[checkpoint, *callbacks]
+    )
     engine.fit(model, datamodule=datamodule, ckpt_path=checkpoints[-1] if checkpoints else None)
     torch.save(model.state_dict(), folder / "weights.pt")
 

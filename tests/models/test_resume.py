@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def unbroken(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def unbroken(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
     """Trains each model once, without a break and with a checkpoint after each step, when it is asked for."""
 
     @functools.cache
-    def folder_of(name: str) -> Path:
+    def folder_of(name: str, validation: int) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        assert in_a_process(train, name, 0, tile_root, folder, every_step=1) == 0
+        assert in_a_process(train, name, 0, tile_root, folder, every_step=1, validation=validation) == 0
         return folder
 
     return folder_of
@@ -40,7 +40,7 @@ def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 @pytest.mark.parametrize(("name", "point", "workers"), CASES)
 def test_a_killed_and_resumed_training_ends_with_the_same_weights(
-    name: str, point: str, workers: int, unbroken: Callable[[str], Path], tile_root: Path, tmp_path: Path
+    name: str, point: str, workers: int, unbroken: Callable[[str, int], Path], tile_root: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
     arguments, every_step = (name, workers, tile_root, folder), 2 * (point == "step")
@@ -48,26 +48,27 @@ def test_a_killed_and_resumed_training_ends_with_the_same_weights(
     assert list(folder.glob("*.ckpt"))
     assert not (folder / "weights.pt").exists()
     assert in_a_process(train, *arguments, every_step=every_step) == 0
-    assert_same_tensors(*(torch.load(each / "weights.pt") for each in (folder, unbroken(name))))
+    assert_same_tensors(*(torch.load(each / "weights.pt") for each in (folder, unbroken(name, 1))))
 
 
 @pytest.mark.parametrize("check_val_every_n_epoch", [1, 2])
 def test_a_training_is_resumed_after_the_last_step_of_an_epoch(
-    check_val_every_n_epoch: int, unbroken: Callable[[str], Path], tile_root: Path, tmp_path: Path
+    check_val_every_n_epoch: int, unbroken: Callable[[str, int], Path], tile_root: Path, tmp_path: Path
 ) -> None:
     """Lightning leaves the validation out that was due at that time, if it was."""
-    expected = torch.load(unbroken("FractalAD") / "weights.pt")
+    before = unbroken("FractalAD", check_val_every_n_epoch)
+    expected = torch.load(before / "weights.pt")
     for step in (3, 6):
         resumed, tiles = small_model("FractalAD"), make_tiles(tile_root)
         tiles.train_batch_size = 3
         engine = small_engine(tmp_path, max_epochs=EPOCHS, check_val_every_n_epoch=check_val_every_n_epoch)
-        engine.fit(resumed, datamodule=tiles, ckpt_path=unbroken("FractalAD") / f"step={step}.ckpt")
+        engine.fit(resumed, datamodule=tiles, ckpt_path=before / f"step={step}.ckpt")
         assert_same_tensors(resumed.model.state_dict(), expected, "model.")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(unbroken: Callable[[str], Path]) -> bytes:
-    return (unbroken("FractalAD") / "step=9.ckpt").read_bytes()
+def checkpoint(unbroken: Callable[[str, int], Path]) -> bytes:
+    return (unbroken("FractalAD", 1) / "step=9.ckpt").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "compression", "text"])
