@@ -45,9 +45,9 @@ THRESHOLD = 0.65  # of normalized scores; that of briefly trained models would c
 DECIDED = {"TorchInferencer": 0.95, "ONNX Runtime": 0.95, "OpenVINO FP32": 0.95, "OpenVINO FP16": 0.85}
 
 EXTRA: dict[str, dict[str, Any]] = {
-    "ADPS": {"patches": 2, "split_layers": [4], "smoothing": 2.0, "learning_rate": 3e-3},
+    "ADPS": {"patches": 2, "split_layers": [4], "smoothing": 2.0, "learning_rate": 1e-3},
     "FractalAD": {"score": "top"},
-    "FractalMemory": {"head": True, "memory_size": 60, "reservoir_size": 2000},
+    "FractalMemory": {"head": True, "memory_size": 300, "reservoir_size": 2000},
 }
 
 
