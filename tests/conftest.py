@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +29,7 @@ torch.set_num_threads(1)  # the tests' networks are tiny: threads cost more than
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what is slow: begun last, it would keep one process busy while the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.name != "test_export.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +107,28 @@ def small_model(name: str, **arguments: Any) -> Any:
     extra = {"ADPS": {"patches": 2}, "FractalMemory": {"head": True}}.get(name, {})
     kind = getattr(anomalib_fractalad, name)
     size = {"pre_processor": kind.configure_pre_processor((64, 64))}
-    return kind(backbone="test_resnet", pre_trained=False, visualizer=False, **{**extra, **size, **arguments})
+    return kind(**{"backbone": "test_resnet", "pre_trained": False, "visualizer": False, **extra, **size, **arguments})
+
+
+@contextmanager
+def one_program() -> Iterator[None]:
+    """Convert a network to ONNX, the slow part of most exports and the same each time, once for all of them."""
+    programs: dict[Any, Any] = {}
+    convert = torch.onnx.export
+
+    def convert_once(model: Any, args: Any, f: Any, **arguments: Any) -> Any:
+        state = hashlib.sha256(b"".join(pickle.dumps(value) for value in model.state_dict().values())).digest()
+        shapes = [value.shape for value in args if isinstance(value, torch.Tensor)]
+        key = (id(model), str(model), state, str(shapes), str(sorted(arguments.items())))
+        if key in programs:
+            programs[key].save(f, external_data=True)
+        else:
+            programs[key] = convert(model=model, args=args, f=f, **arguments)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.onnx.export", convert_once)
+        yield
 
 
 def assert_same_weights(one: Any, other: Any) -> None:

@@ -43,8 +43,10 @@ def cli(*arguments: object, run: bool = True) -> AnomalibCLI:
     return AnomalibCLI([str(argument) for argument in arguments], run=run)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("command", ["train", "fit", "validate", "test"])
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [*(("train", name) for name in MODELS), *zip(("fit", "validate", "test"), MODELS, strict=False)],
+)
 def test_commands_take_the_model_by_name(command: str, model: str, tmp_path: Path, tile_root: Path) -> None:
     program = cli(
         *(command, "--model", model, *SMALL, *data_arguments(tile_root), "--default_root_dir", tmp_path),
@@ -65,7 +67,7 @@ def test_from_training_to_export(tmp_path: Path, tile_root: Path, capfd: pytest.
     """Train, validate, test, predict and export one after the other, as a user would."""
     results = ("--default_root_dir", tmp_path)
     data = data_arguments(tile_root)
-    model = ("--model", "FractalAD", *SMALL, *SMALL_IMAGES)
+    model = ("--model", "FractalMemory", *SMALL, *SMALL_IMAGES)
     cli("train", *model, *data, *results, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
     (checkpoint,) = tmp_path.rglob("v0/weights/lightning/model.ckpt")
     from_checkpoint = ("--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
@@ -80,8 +82,7 @@ def test_from_training_to_export(tmp_path: Path, tile_root: Path, capfd: pytest.
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("command", ["train", "fit"])
+@pytest.mark.parametrize(("command", "model"), zip(("train", "fit") * 2, MODELS, strict=True))
 def test_the_seed_fixes_the_weights(command: str, model: str, tmp_path: Path, tile_root: Path) -> None:
     def weights(*seed: object) -> torch.Tensor:
         torch.rand(1)

@@ -2,6 +2,7 @@
 """The examples, run as a user would, on small data."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from conftest import ODD_FOLDER, make_odd_images
 from PIL import Image
 
 from anomalib_fractalad import SurfaceDefects
+from anomalib_fractalad.data import surface_defects
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +29,14 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SurfaceDefects with a few of its test images."""
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SurfaceDefects with a few of its images."""
     root = tmp_path_factory.mktemp("data") / "SurfaceDefects"
-    SurfaceDefects(root=root, category=CATEGORY).prepare_data()
-    return root
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in {"_TRAIN_GOOD": 8, "_TEST_GOOD": 4, "_PER_DEFECT": 2}.items():
+            patch.setattr(surface_defects, name, number)
+        SurfaceDefects(root=root, category=CATEGORY).prepare_data()
+        yield root
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
 from anomalib.models import Padim
-from conftest import assert_same_weights, tile_arguments
+from conftest import assert_same_weights, one_program, tile_arguments
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -61,7 +61,7 @@ def run(output: Path, models: list[Any], root: Path, **arguments: Any) -> Path:
         worker.main(record.file)
         record.read()
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_program():
         patch.setattr("anomalib_fractalad.benchmark.__main__.run_in_process", run_here)
         return benchmark(models, [folder(root)], output=output, **{**defaults, **arguments})
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import soak
 from anomalib.data import Folder
+from conftest import one_program
 from PIL import Image
 
 
@@ -17,12 +18,13 @@ def test_two_rounds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(soak, "SurfaceDefects", lambda *_args, **_options: tiles)
-    monkeypatch.setattr(soak, "MODELS", ["FractalAD"])
+    monkeypatch.setattr(soak, "MODELS", ["FractalMemory"])
     first = soak._use
 
     def use_once(*arguments: object) -> None:  # exporting takes its time
         monkeypatch.setattr(soak, "_use", print)
-        first(*arguments)
+        with one_program():
+            first(*arguments)
 
     monkeypatch.setattr(soak, "_use", use_once)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "0")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.deploy import TorchInferencer
+from conftest import one_program
 from generator_speed import generator_speed
 from image_size import image_size
 from inference_speed import inference_speed
@@ -75,34 +76,35 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     monkeypatch.setattr("inference_speed.seconds_each", predict)
-    seconds = inference_speed(
-        "test_resnet",
-        image_size=64,
-        repetitions=1,
-        models=("FractalAD", "Patchcore"),
-        arguments={
-            "FractalAD": {"distillation": False},
-            "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"]},
-        },
-        memory_items=100,
-        sizes={"Patchcore": 96},
-        cpu_time=True,
-    )
+    with one_program():
+        seconds = inference_speed(
+            "test_resnet",
+            image_size=64,
+            repetitions=1,
+            models=("ADPS", "Patchcore"),
+            arguments={
+                "ADPS": {"patches": 2},
+                "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"]},
+            },
+            memory_items=100,
+            sizes={"Patchcore": 96},
+            cpu_time=True,
+        )
     assert "TRUST_REMOTE_CODE" not in os.environ
     assert memories == [(0, 0), (100, 240)]
-    assert list(seconds) == [f"{name} {runtime}" for name in ("FractalAD", "Patchcore") for runtime in RUNTIMES]
+    assert list(seconds) == [f"{name} {runtime}" for name in ("ADPS", "Patchcore") for runtime in RUNTIMES]
     assert min(rates) > 0
     assert not np.array_equal(maps[3], maps[1])  # INT8 and FP32; PatchCore's maps tie at 1 here
     for torch_map, float32, *_ in (maps[:4], maps[4:]):
         assert float32 == pytest.approx(torch_map, abs=1e-4)
     printed = capsys.readouterr().out
-    for name in ("FractalAD", "Patchcore"):
+    for name in ("ADPS", "Patchcore"):
         assert f"{seconds[f'{name} openvino_fp32'] / seconds[f'{name} torch']:.2f} x torch" in printed
         assert f"{seconds[f'{name} openvino_int8'] / seconds[f'{name} openvino_fp32']:.2f} x openvino_fp32" in printed
     assert "one image of 64 x 64, 1 CPU thread(s), CPU time\nPatchcore has one of 96 x 96\n" in printed
     for runtime in RUNTIMES:
-        ratio = seconds[f"Patchcore {runtime}"] / seconds[f"FractalAD {runtime}"]
-        assert f"{ratio:.2f} x FractalAD {runtime}\n" in printed
+        ratio = seconds[f"Patchcore {runtime}"] / seconds[f"ADPS {runtime}"]
+        assert f"{ratio:.2f} x ADPS {runtime}\n" in printed
 
 
 @pytest.mark.parametrize(

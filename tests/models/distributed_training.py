@@ -19,6 +19,8 @@ from test_cli import SMALL, cli, data_arguments
 
 from anomalib_fractalad.registration import MODELS
 
+BY_PROGRAM = ("ADPS", "FractalMemory")  # which each have a case of their own there
+
 
 class Notes(Callback):
     """Notes what each process sees and comes to."""
@@ -54,6 +56,8 @@ def main(data: Path, results: Path) -> None:
         (metrics,) = engine.test(model, datamodule=make_tiles(data))
         told = {"random": notes.random, "weights": notes.weights, "metrics": metrics}
         (results / f"{name}_{notes.rank}.json").write_text(json.dumps(told))
+        if name not in BY_PROGRAM:
+            continue
         extra = ("--model.patches", "2") if name == "ADPS" else ()
         program = cli(
             *("train", "--model", name, *SMALL, *extra, *data_arguments(data)),

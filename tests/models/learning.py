@@ -27,7 +27,8 @@ LESSONS: dict[str, dict[str, Any]] = {
     "FractalMemory": {"epochs": 15},
 }
 EARLY, LATE = 2, 6  # steps that are recorded; of AAND, one of each stage
-FIRST_STEPS = {"FractalAD": 3, "ADPS": 3, "AAND": 8}
+FIRST_STEPS = {"FractalAD": 3, "ADPS": 3, "AAND": 8, "FractalMemory": 6}
+CLIPPED = {"FractalMemory"}  # whose gradient has a norm of 1 at most
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Step:
     network: nn.Module
     images: Tensor
     random: Tensor
+    owners: Tensor | None = None  # of the images, where a model tells parts
+    held: Tensor | None = None  # owners of images that it does not learn from
     loss: Tensor = field(default_factory=torch.Tensor)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
@@ -54,8 +57,11 @@ class Recorder(Callback):
 
         def training_step(batch: Any, *args: Any) -> Any:
             if trainer.global_step in {EARLY, LATE}:
+                owners = (None, None)
+                if hasattr(pl_module, "owners_of"):
+                    owners = (pl_module.owners_of(batch), pl_module._gathering.held_owners.clone())
                 network = copy.deepcopy(pl_module.model)
-                self.steps[trainer.global_step] = Step(network, batch.image.clone(), torch.get_rng_state())
+                self.steps[trainer.global_step] = Step(network, batch.image.clone(), torch.get_rng_state(), *owners)
             return take(batch, *args)
 
         pl_module.training_step = training_step
@@ -199,6 +205,42 @@ def aand_loss_two(step: Step, generator: Any) -> Tensor:
     return loss
 
 
+def fractalmemory_loss(step: Step, generator: Any) -> Tensor:
+    """FractalMemory's head: focal and Dice loss of residuals to a memory without the part itself, and with few others.
+
+    After the fourth part of the images, as they are, come flips along either axis.
+    """
+    network: Any = step.network
+    learned = torch.tensor([owner not in step.held for owner in step.owners])
+    normal, owners = step.images[learned], step.owners[learned]
+    anomalous, mask = generator(normal)
+    chosen = torch.randperm(len(normal))[: -(-len(normal) // 4)]
+    owners = torch.cat([owners, owners[chosen]])
+    mask = torch.cat([mask, torch.zeros(len(chosen), *mask.shape[1:])])
+    share = 16 ** -torch.rand(len(owners))
+    passed = torch.rand(len(owners), len(network.memory.owners)) >= share[:, None]
+    passed |= network.memory.owners == owners[:, None]
+    with torch.no_grad():
+        query = network.descriptor(network.teacher(torch.cat([anomalous, normal[chosen]]))).movedim(1, -1)
+        far = torch.cdist(query.flatten(1, 2), network.memory.items.expand(len(query), -1, -1))
+        nearest = far.masked_fill(passed[:, None], torch.inf).argmin(dim=-1)
+        residual = (query - network.memory.items[nearest].view_as(query)).movedim(-1, 1)
+        far = residual.square().mean(dim=1, keepdim=True).sqrt()
+    mask = F.adaptive_avg_pool2d(mask.float(), [2 * side for side in far.shape[-2:]])
+    flipped = [axis for axis in (3, 2) if torch.rand(()) < 0.5]
+    residual, far, mask = (maps.flip(flipped) for maps in (residual, far, mask))
+    typical = far.mean(dim=(2, 3), keepdim=True)
+    rooted = residual.sign() * (residual.abs() / (typical * residual.shape[1] ** 0.5)).sqrt()
+    head = network.head
+    embedded = head.embed(torch.cat([rooted, far / typical - 1], dim=1))
+    logits = head.classify(head.enlarge(embedded + head.spatial(embedded)))
+    probability = logits.sigmoid()
+    right = mask * probability + (1 - mask) * (1 - probability)
+    entropy = -(mask * F.logsigmoid(logits) + (1 - mask) * F.logsigmoid(-logits))
+    dice = 1 - (2 * (probability * mask).sum() + 1) / (probability.sum() + mask.sum() + 1)
+    return 2 * ((1 - right) ** 2 * entropy).mean() + dice
+
+
 @torch.no_grad()
 def advanced_features(network: Any, images: Tensor) -> list[Tensor]:
     """F + gate x residual."""
@@ -208,12 +250,16 @@ def advanced_features(network: Any, images: Tensor) -> list[Tensor]:
     ]
 
 
-def gradients(loss: Callable[[Step, Any], Tensor], step: Step, generator: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    loss: Callable[[Step, Any], Tensor], step: Step, generator: Any, *, clipped: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a step, with the random numbers that it had, and its gradients."""
     torch.set_rng_state(step.random)
     step.network.zero_grad()
     value = loss(step, generator)
     value.backward()
+    if clipped:
+        nn.utils.clip_grad_norm_(step.network.parameters(), 1.0)
     found = {name: p.grad for name, p in step.network.named_parameters() if p.grad is not None and p.grad.any()}
     return value.detach(), found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from conftest import make_tiles, run_script
+from distributed_training import BY_PROGRAM
 from test_all_models import small_model
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -51,7 +52,7 @@ def metrics_of_one_process(name: str, folder: Path, data: Path, root: Path, **ar
     return metrics
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BY_PROGRAM)
 def test_the_program_trains_in_several_processes(results: Path, name: str, tile_root: Path, tmp_path: Path) -> None:
     one, other = of_both(results, f"program_{name}")
     assert one == other

@@ -2,9 +2,11 @@
 """FractalMemory's network, and what its first stage gathers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import ImageScore
@@ -200,9 +202,9 @@ def test_a_reservoir_is_an_even_sample_of_constant_size() -> None:
     counts = torch.zeros(40)
     for _ in range(300):
         reservoir = Reservoir(10, 1)
-        for image in range(10):
-            places = torch.arange(4 * image, 4 * image + 4.0).view(1, 1, 2, 2)
-            reservoir.offer(places, torch.tensor([image]))
+        for image in range(0, 10, 2):
+            places = torch.arange(4 * image, 4 * image + 8.0).view(2, 1, 2, 2)
+            reservoir.offer(places, torch.tensor([image, image + 1]))
         values, owners = reservoir.sample
         assert values.shape == (10, 1)
         assert values.unique().numel() == 10
@@ -244,13 +246,26 @@ def test_gathering_does_not_depend_on_what_the_device_holds() -> None:
     assert reservoir.values.shape == (20, 12)
 
 
+def teacher(images: torch.Tensor) -> list[torch.Tensor]:
+    return [F.avg_pool2d(images, stride).repeat(1, 3, 1, 1)[:, :8] for stride in (4, 8, 16)]
+
+
+def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are() -> None:
+    images, owner = torch.rand(6, 3, 32, 48), torch.tensor([5, 5, 3, 2, 1, 0])
+    network = SimpleNamespace(memory=FeatureMemory(30, 24), descriptor=Descriptor([8, 8, 8]))
+    gathering = Gathering([8, 8, 8], 1000, torch.device("cpu"))
+    for part in (slice(0, 4), slice(4, 6)):
+        gathering.add(teacher, images[part], owner[part])
+    gathering.finish(network)
+    places = network.descriptor(teacher(images)).movedim(1, -1).flatten(0, 2)
+    farthest = farthest_points(places, 30)
+    torch.testing.assert_close(network.memory.items, places[farthest], atol=1e-3, rtol=1e-3)
+    assert torch.equal(network.memory.owners, owner.repeat_interleave(len(places) // 6)[farthest])
+
+
 def test_what_is_gathered_is_bounded() -> None:
     torch.manual_seed(0)
     gathering = Gathering([8, 8, 8], 20, torch.device("cpu"))
-
-    def teacher(images: torch.Tensor) -> list[torch.Tensor]:
-        return [F.avg_pool2d(images, stride).repeat(1, 3, 1, 1)[:, :8] for stride in (4, 8, 16)]
-
     for first in range(0, 400, 5):
         gathering.add(teacher, torch.rand(5, 3, 32, 32), torch.arange(first, first + 5))
     assert gathering.held_owners.tolist() == list(range(0, 8 * MOST_HELD, 8))
@@ -292,6 +307,30 @@ def test_the_head_changes_the_map_and_never_the_score() -> None:
     alone = FractalMemoryModel("test_resnet", pre_trained=False).eval()
     alone.load_state_dict(network.state_dict(), strict=False)
     torch.testing.assert_close(alone(images), plain)
+
+
+@torch.no_grad()
+def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
+    network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60, head=True, sigma=2).eval()
+    items = torch.randn(60, sum(network.teacher.channels))
+    network.memory.fill(items, torch.arange(60))
+    network.gate.strength.fill_(0.4)
+    images = torch.rand(2, 3, 64, 96)
+    query = network.descriptor(network.teacher(images)).movedim(1, -1)
+    far, nearest = torch.cdist(query, items).min(dim=-1)
+    distance = far.unsqueeze(1) / items.shape[1] ** 0.5
+    logit = network.head((query - items[nearest]).movedim(-1, 1), distance)
+    fine = F.interpolate(distance, scale_factor=2, mode="bilinear")
+
+    def smoothed(maps: torch.Tensor) -> torch.Tensor:
+        large = F.interpolate(maps, (64, 96), mode="bilinear").numpy()
+        return torch.from_numpy(gaussian_filter(large, 2, axes=(-2, -1)))
+
+    prediction = network(images)
+    refined = smoothed(fine * (0.4 * (logit / 4).tanh()).exp()).log1p()
+    torch.testing.assert_close(prediction.anomaly_map, refined, atol=1e-4, rtol=1e-4)
+    top = smoothed(fine).flatten(1).sort(descending=True).values[:, :31].mean(dim=1)  # 0.5 % of the pixels
+    torch.testing.assert_close(prediction.pred_score, top.log1p(), atol=1e-4, rtol=1e-4)
 
 
 def test_losses() -> None:

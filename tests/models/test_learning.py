@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from learning import (
+    CLIPPED,
     EARLY,
     LATE,
     Lesson,
@@ -20,6 +21,7 @@ from learning import (
     covered,
     distance,
     fractalad_loss,
+    fractalmemory_loss,
     gradients,
     held_out,
     parts,
@@ -54,8 +56,9 @@ def records(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         ("ADPS", EARLY, adps_loss, {"student", "decoder"}),
         ("AAND", EARLY, aand_loss_one, {"amplifiers"}),
         ("AAND", LATE, aand_loss_two, {"student"}),
+        ("FractalMemory", EARLY, fractalmemory_loss, {"head"}),
     ],
-    ids=["FractalAD", "ADPS", "AAND-I", "AAND-II"],
+    ids=["FractalAD", "ADPS", "AAND-I", "AAND-II", "FractalMemory"],
 )
 def test_a_step_is_that_of_the_published_equations(
     name: str,
@@ -66,7 +69,7 @@ def test_a_step_is_that_of_the_published_equations(
 ) -> None:
     model, steps = records(name)
     recorded = steps[step]
-    value, expected = gradients(loss, recorded, model.generator)
+    value, expected = gradients(loss, recorded, model.generator, clipped=name in CLIPPED)
     torch.testing.assert_close(recorded.loss, value, rtol=1e-4, atol=1e-5)
     assert parts(recorded.gradients) == parts(expected) == trained
     for key, gradient in expected.items():

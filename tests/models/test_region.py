@@ -12,7 +12,7 @@ from anomalib.cli import AnomalibCLI
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.data.utils.tiler import Tiler
 from anomalib.deploy import TorchInferencer
-from conftest import SIZE, in_onnx_runtime, make_tiles, save, small_engine, small_model, tile_arguments
+from conftest import SIZE, in_onnx_runtime, make_tiles, one_program, save, small_engine, small_model, tile_arguments
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
@@ -30,6 +30,7 @@ from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 INSIDE = np.zeros((SIZE, SIZE), dtype=bool)
 INSIDE[10:54, 8:40] = True
+CONVERTED = ("ADPS", "FractalMemory")  # all models have the same region; ADPS alone scores the map that it shows
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,16 @@ def test_outside_counts_for_nothing(
     loaded = type(model).load_from_checkpoint(tmp_path / "model.ckpt").eval()
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
-    if name == "FractalAD":
-        onnx = in_onnx_runtime(model.to_onnx(tmp_path), images)
-        np.testing.assert_allclose(onnx.anomaly_map, expected.anomaly_map, atol=1e-3)
-    (tmp_path / "part.json").write_text('{"network": "model.xml", "roi": {"size": [64, 64]}}')
-    xml = model.to_openvino(tmp_path)
-    for file in (xml, xml.with_suffix(".bin")):
-        file.replace(tmp_path / file.name)
-    inspector = Inspector(tmp_path)
+    inspector = None
+    if name in CONVERTED:
+        with one_program():
+            onnx = in_onnx_runtime(model.to_onnx(tmp_path), images)
+            np.testing.assert_allclose(onnx.anomaly_map, expected.anomaly_map, atol=1e-3)
+            (tmp_path / "part.json").write_text('{"network": "model.xml", "roi": {"size": [64, 64]}}')
+            xml = model.to_openvino(tmp_path)
+        for file in (xml, xml.with_suffix(".bin")):
+            file.replace(tmp_path / file.name)
+        inspector = Inspector(tmp_path)
     for i in range(2):
         (tmp_path / f"{i}.png").unlink(missing_ok=True)
         image = Image.fromarray((255 * images[i]).byte().permute(1, 2, 0).numpy())
@@ -103,9 +106,10 @@ def test_outside_counts_for_nothing(
             assert torch.equal(reference.anomaly_map, model(rounded).anomaly_map)
         raw_scores = model.post_processor.image_max - model.post_processor.image_min
         tolerance = 1e-3 if raw_scores > 1e-3 else 1.0  # a network that learned nothing gives one score to all
-        found = inspector.predict(image)
-        np.testing.assert_allclose(found["anomaly_map"], reference.anomaly_map[0, 0], atol=1e-3)
-        assert found["pred_score"] == pytest.approx(float(reference.pred_score), abs=tolerance)
+        if inspector is not None:
+            found = inspector.predict(image)
+            np.testing.assert_allclose(found["anomaly_map"], reference.anomaly_map[0, 0], atol=1e-3)
+            assert found["pred_score"] == pytest.approx(float(reference.pred_score), abs=tolerance)
         torch_map = torch.as_tensor(inferencer.predict(tmp_path / f"{i}.png").anomaly_map).squeeze()
         torch.testing.assert_close(torch_map, reference.anomaly_map[0, 0])
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that is killed, and checkpoints that are damaged."""
 
+import functools
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,53 +11,64 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from conftest import assert_same_weights, make_tiles, run_script, small_engine, small_model
-from killed_training import CASES
+from conftest import make_tiles, small_engine, small_model
+from killed_training import CASES, EPOCHS, POINTS, in_a_process, train
 
 from anomalib_fractalad import FractalAD
-from anomalib_fractalad.registration import MODELS
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def results(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("killed")
-    run_script(Path(__file__).with_name("killed_training.py"), tile_root, folder)
-    return folder
+def unbroken(tile_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Trains each model once, without a break and with a checkpoint after each step, when it is asked for."""
+
+    @functools.cache
+    def folder_of(name: str, validation: int) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        assert in_a_process(train, name, 0, tile_root, folder, every_step=1, validation=validation) == 0
+        return folder
+
+    return folder_of
 
 
-@pytest.mark.parametrize(("point", "workers"), CASES)
-@pytest.mark.parametrize("name", MODELS)
+def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], prefix: str = "") -> None:
+    assert len(ours) > 10
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[prefix + key]), key
+
+
+@pytest.mark.parametrize(("name", "point", "workers"), CASES)
 def test_a_killed_and_resumed_training_ends_with_the_same_weights(
-    results: Path, name: str, point: str, workers: int
+    name: str, point: str, workers: int, unbroken: Callable[[str, int], Path], tile_root: Path, tmp_path: Path
 ) -> None:
-    unbroken = torch.load(results / name / "unbroken" / "weights.pt")
-    resumed = torch.load(results / name / str(workers) / point / "weights.pt")
-    assert len(unbroken) > 10
-    for (key, ours), theirs in zip(unbroken.items(), resumed.values(), strict=True):
-        assert torch.equal(ours, theirs), key
+    folder = tmp_path / "killed"
+    arguments, every_step = (name, workers, tile_root, folder), 2 * (point == "step")
+    assert in_a_process(train, *arguments, POINTS[point](), every_step=every_step) == -signal.SIGKILL
+    assert list(folder.glob("*.ckpt"))
+    assert not (folder / "weights.pt").exists()
+    assert in_a_process(train, *arguments, every_step=every_step) == 0
+    assert_same_tensors(*(torch.load(each / "weights.pt") for each in (folder, unbroken(name, 1))))
 
 
 @pytest.mark.parametrize("check_val_every_n_epoch", [1, 2])
 def test_a_training_is_resumed_after_the_last_step_of_an_epoch(
-    check_val_every_n_epoch: int, tile_root: Path, tmp_path: Path
+    check_val_every_n_epoch: int, unbroken: Callable[[str, int], Path], tile_root: Path, tmp_path: Path
 ) -> None:
     """Lightning leaves the validation out that was due at that time, if it was."""
-    arguments = {"max_epochs": 4, "check_val_every_n_epoch": check_val_every_n_epoch}
-    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
-    unbroken = small_model("FractalAD")
-    small_engine(tmp_path, callbacks=[keep], **arguments).fit(unbroken, datamodule=make_tiles(tile_root))
-    for step in (2, 4):
-        resumed = small_model("FractalAD")
-        checkpoint = tmp_path / f"step={step}.ckpt"
-        small_engine(tmp_path, **arguments).fit(resumed, datamodule=make_tiles(tile_root), ckpt_path=checkpoint)
-        assert_same_weights(resumed, unbroken)
+    before = unbroken("FractalAD", check_val_every_n_epoch)
+    expected = torch.load(before / "weights.pt")
+    for step in (3, 6):
+        resumed, tiles = small_model("FractalAD"), make_tiles(tile_root)
+        tiles.train_batch_size = 3
+        engine = small_engine(tmp_path, max_epochs=EPOCHS, check_val_every_n_epoch=check_val_every_n_epoch)
+        engine.fit(resumed, datamodule=tiles, ckpt_path=before / f"step={step}.ckpt")
+        assert_same_tensors(resumed.model.state_dict(), expected, "model.")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(results: Path) -> bytes:
-    return (results / "FractalAD" / "unbroken" / "model.ckpt").read_bytes()
+def checkpoint(unbroken: Callable[[str, int], Path]) -> bytes:
+    return (unbroken("FractalAD", 1) / "step=9.ckpt").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "changed", "compression", "text"])

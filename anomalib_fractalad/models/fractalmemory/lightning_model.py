@@ -103,7 +103,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         weights: str | Path | None = None,
         memory_size: int = 3000,
         reservoir_size: int = 80_000,
-        level_weights: tuple[float, float, float] | None = (4.0, 2.0, 1.0),
+        level_weights: tuple[float, float, float] | None = (1.0, 1.0, 1.0),
         part_pattern: str | None = None,
         head: bool = False,
         width: int = 64,
