@@ -129,6 +129,12 @@ def test_what_lies_outside_a_region_is_not_gathered() -> None:
     torch.testing.assert_close(values[:4], averages[0, :, 0, 4:].mT)
 
 
+def test_another_size_of_the_reservoir_is_named_on_resuming() -> None:
+    state = Gathering(CHANNELS, 20, torch.device("cpu")).states()[0]
+    with pytest.raises(ValueError, match="reservoir_size is 30 here, and 20 in the checkpoint: go on with 20"):
+        Gathering(CHANNELS, 30, torch.device("cpu")).load(state)
+
+
 def test_a_region_smaller_than_a_place_still_counts() -> None:
     inside = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     inside[..., 9, 17:20] = True

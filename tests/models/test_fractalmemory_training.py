@@ -173,7 +173,7 @@ def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path
 
 
 def test_without_a_head_one_epoch_is_all(tile_root: Path, tmp_path: Path) -> None:
-    model = small_model(head=False)
+    model = small_model(head=False, epochs=3)
     engine = small_engine(tmp_path, max_epochs=5)
     engine.fit(model, datamodule=make_tiles(tile_root))
     assert engine.trainer.global_step == STEPS_PER_EPOCH

@@ -55,7 +55,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         reservoir_size: Number of descriptors, drawn evenly from all images, that the memory is chosen from. With the
             memory it bounds what is held, however many images there are.
         level_weights: What the levels at strides 4, 8 and 16 count in squared distances; each is whitened by itself.
-            None whitens all by their joint covariance, where each of a level's channels counts as much.
+            None whitens all by their joint covariance, where every channel counts the same.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
         head: Train a head that refines maps, in all epochs after the first. It has to be tried on defects of the part:
@@ -154,7 +154,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Trainer settings that the model insists on: a single epoch, where there is no head to train."""
-        return ({"max_epochs": 1} if self.model.head is None else {}) | super().trainer_arguments
+        return super().trainer_arguments | ({"max_epochs": 1} if self.model.head is None else {})
 
     @property
     def trained_weights(self) -> list[nn.Parameter]:

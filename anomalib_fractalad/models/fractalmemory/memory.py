@@ -11,7 +11,7 @@ from anomalib_fractalad.models.components import at_least_float32, resize
 
 
 class Descriptor(nn.Module):
-    """Standardized features, averaged over 3x3 places, joined at the middle level's stride and whitened.
+    """Standardized features, averaged over 3x3 places, joined at the middle level's stride, whitened and weighed.
 
     The border, whose features are noise, is damped (see :func:`average`).
 
@@ -21,7 +21,7 @@ class Descriptor(nn.Module):
     Attributes:
         mean: Mean of each channel over normal features, (C,).
         deviation: Standard deviation of each channel, (C,).
-        whiten: (C, C), what turns averages into whitened descriptors.
+        whiten: (C, C), what turns averages into whitened descriptors; it holds the levels' weights, too.
         shift: (C,), what is added after that.
     """
 
@@ -46,7 +46,8 @@ class Descriptor(nn.Module):
             features: (B, C_i, H_i, W_i) for each level, from the finest to the coarsest.
 
         Returns:
-            (B, C, H_1, W_1), C the sum of C_i, of zero mean and about unit covariance on normal images.
+            (B, C, H_1, W_1), C the sum of C_i, of zero mean on normal images; the mean square over all channels is
+            about 1.
         """
         means, deviations = (torch.split(values, self.channels) for values in (self.mean, self.deviation))
         standard = [
@@ -111,7 +112,7 @@ class FeatureMemory(nn.Module):
         self.owners.copy_(owners[index])
 
     def hide(self, owner: Tensor, share: Tensor) -> Tensor:
-        """Choose items to pass over: an image's own, and of the others all but a random share.
+        """Choose items to pass over: an image's own, unless all are, and of the others all but a random share.
 
         Args:
             owner: Numbers (B,) of the images' owners, on any device.

@@ -112,7 +112,7 @@ class Moments(nn.Module):
         Args:
             descriptor: Where the results are stored.
             level_weights: What each level counts in squared distances; each is whitened by itself. Left out, all are
-                whitened by their joint covariance, and each of a level's channels counts as much.
+                whitened by their joint covariance, and every channel counts the same.
 
         Returns:
             (C, C + S + 1), the affine map from extended averages and a 1 to whitened descriptors.
@@ -132,7 +132,8 @@ class Moments(nn.Module):
             whiten = _whitening(covariance)
         else:
             share = torch.tensor(level_weights, dtype=mean.dtype, device=mean.device) / sum(level_weights)
-            blocks = [covariance[own][:, own] for own in torch.split(torch.arange(len(mean)), self.channels)]
+            channels = torch.split(torch.arange(len(mean), device=mean.device), self.channels)
+            blocks = [covariance[block][:, block] for block in channels]
             scales = (share * len(mean) / torch.tensor(self.channels, device=mean.device)).sqrt()
             whitenings = [scale * _whitening(block) for scale, block in zip(scales, blocks, strict=True)]
             whiten = torch.block_diag(*whitenings)  # type: ignore[no-untyped-call]
@@ -148,7 +149,7 @@ class Moments(nn.Module):
 
 
 def _whitening(covariance: Tensor) -> Tensor:
-    """The lower triangular matrix that makes features of a covariance (C, C) uncorrelated and of variance 1."""
+    """The lower triangular matrix that whitens features of a covariance (C, C), with some variance added."""
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky(covariance + REGULARIZATION * identity)
     whitening: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
@@ -217,8 +218,8 @@ def places(maps: Tensor, inside: Tensor | None = None) -> Tensor:
 
     Args:
         maps: (B, C, h, w).
-        inside: Pixels that count, boolean (B, 1, H, W); of the places, those that lie in them by half, or as far as any
-            does. Left out, all places.
+        inside: Pixels that count, boolean (B, 1, H, W); of the places, those that lie in them by half, or, if none of
+            the batch does, by as much as any. Left out, all places.
 
     Returns:
         (n, C).
