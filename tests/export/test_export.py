@@ -153,6 +153,8 @@ def test_weights_are_exported_once(name: str, trained: dict[str, Trained], expor
     folder = exported[name] / "weights"
     files = {"torch/model.pt": 1, "onnx/model.onnx.data": 1, "openvino/model.bin": 1, "openvino/fp16.bin": 0.5}
     for file, share in files.items():
+        if name == "FractalMemory" and "openvino" in file:  # with a head, both for the search and for what is found
+            share *= 1 + trained[name].model.model.memory.items.nbytes / weights  # noqa: PLW2901
         assert (folder / file).stat().st_size == pytest.approx(share * weights, rel=0.1), file
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains models in processes that are killed, and resumes them."""
 
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
@@ -87,14 +89,21 @@ def train(
 
 
 def in_a_process(function: Callable[..., None], *arguments: Any, **options: Any) -> int:
-    """Run a function in a fork of this process, which has imported everything; gives its exit code or -signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            function(*arguments, **options)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Run a function in a process of its own, and give its exit code or -signal.
+
+    It is forked off a server that has imported everything and computed nothing: a fork of this process, whose threads
+    do not go with it, would crash at times.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_training"])
+    process = context.Process(target=_run, args=(function, arguments, options))
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # else the server finds nothing to import
+        process.start()
+    process.join(1000)
+    assert process.exitcode is not None, "the process has not ended in 1000 s"
+    return process.exitcode
+
+
+def _run(function: Callable[..., None], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # which a loader's workers start by, as anywhere else
+    function(*arguments, **options)
