@@ -118,9 +118,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_sizes(memory_size, reservoir_size)
         check_positive(learning_rate=learning_rate)
         check_count(epochs=epochs)
-        check_sizes(memory_size, reservoir_size)
         check_pattern(part_pattern)
         check_level_weights(level_weights)
         weights, roi = recorded(weights, roi)
