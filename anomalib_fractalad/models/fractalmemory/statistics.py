@@ -132,8 +132,8 @@ class Moments(nn.Module):
             whiten = _whitening(covariance)
         else:
             share = torch.tensor(level_weights, dtype=mean.dtype, device=mean.device) / sum(level_weights)
-            channels = torch.split(torch.arange(len(mean), device=mean.device), self.channels)
-            blocks = [covariance[block][:, block] for block in channels]
+            rows = torch.split(covariance, self.channels)
+            blocks = [torch.split(level_rows, self.channels, dim=1)[i] for i, level_rows in enumerate(rows)]
             scales = (share * len(mean) / torch.tensor(self.channels, device=mean.device)).sqrt()
             whitenings = [scale * _whitening(block) for scale, block in zip(scales, blocks, strict=True)]
             whiten = torch.block_diag(*whitenings)  # type: ignore[no-untyped-call]
