@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import anomalib.models
 import torch
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
-from anomalib.models import get_model
 from anomalib.models.components import AnomalibModule
 from generator_speed import generator_speed
+from inference_speed import NOISE, make_model
 from jsonargparse import auto_cli
 from torch.utils.benchmark import Timer
 from training_speed import training_speed
@@ -27,8 +28,7 @@ from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.registration import MODELS
 
 Figures = dict[str, float]
-
-NOISE = {"dtd_dir": Path(__file__).parent}  # a folder without images, in place of a download: anomalies come from noise
+MEMORY_ITEMS = 10_000  # of PatchCore
 
 
 def gpu(
@@ -105,16 +105,7 @@ def _inference(backbone: str, batch_size: int, image_size: int, repetitions: int
     """Milliseconds of one image, and images per second in batches, with pre- and post-processing."""
     figures = {}
     for name in (*MODELS, "Patchcore", "Draem"):
-        model: Any = get_model(
-            name,
-            **({"backbone": backbone, "pre_trained": False} if name in MODELS else {}),
-            **({"pre_trained": False} if name == "Patchcore" else {}),
-            **(NOISE if name == "Draem" else {}),
-        )
-        if name == "Patchcore":
-            channels = model.model(torch.rand(1, 3, image_size, image_size).repeat(2, 1, 1, 1)).shape[1]
-            model.model.memory_bank = torch.rand(10_000, channels)
-        model.to(device).eval()
+        model = make_model(name, backbone, image_size, {}, MEMORY_ITEMS).to(device)
         for count in (1, batch_size):
             images = torch.rand(count, 3, image_size, image_size, device=device)
             with torch.inference_mode():
@@ -137,7 +128,7 @@ def _train(
         "AnomalibDataModule",
         MVTecAD(root, category="grid", **data) if root else SurfaceDefects(category="metal_plate", **data),
     )
-    kind: Any = type(get_model(name, **arguments))
+    kind: Any = getattr(anomalib.models, name)
     model: AnomalibModule = kind(
         **arguments, pre_processor=kind.configure_pre_processor((size, size)), visualizer=False
     )

@@ -28,6 +28,7 @@ from anomalib_fractalad.benchmark.exports import Inferencer, as_input, export, l
 from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.registration import MODELS
 
+NOISE = {"dtd_dir": Path(__file__).parent}  # a folder without images, in place of a download: anomalies come from noise
 CALIBRATION_IMAGES = 2  # which ones, and how many, does not change the time
 
 
@@ -97,7 +98,7 @@ def _prepare(
     timed, flops = {}, {}
     for name in models:
         size = sizes.get(name, image_size)
-        model = _make(name, backbone, size, arguments.get(name, {}), memory_items)
+        model = make_model(name, backbone, size, arguments.get(name, {}), memory_items)
         flops[name], image = _gigaflops(model, size), torch.rand(3, size, size)
         for runtime in runtimes:
             timed[name, runtime] = _load(model, runtime, Path(folder) / name, image, threads)
@@ -156,7 +157,10 @@ def _print_table(medians: Mapping[tuple[str, str], float], flops: Mapping[str, f
         print()
 
 
-def _make(name: str, backbone: str, image_size: int, given: Mapping[str, Any], memory_items: int) -> AnomalibModule:
+def make_model(
+    name: str, backbone: str, image_size: int, given: Mapping[str, Any], memory_items: int
+) -> AnomalibModule:
+    """A model with random weights that predicts; see :func:`inference_speed` for the arguments."""
     arguments: dict[str, Any] = {
         "evaluator": False,
         "visualizer": False,
@@ -165,7 +169,7 @@ def _make(name: str, backbone: str, image_size: int, given: Mapping[str, Any], m
     if name in MODELS or name == "Patchcore":
         arguments |= {"backbone": backbone if name in MODELS else "wide_resnet50_2", "pre_trained": False}
     if name == "Draem":
-        arguments["dtd_dir"] = Path(__file__).parent  # a folder without images, in place of a download
+        arguments |= NOISE
     model = get_model(name, **{**arguments, **given})
     if name == "Patchcore":
         _fill_memory(model, memory_items)
