@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from importlib import import_module
@@ -255,7 +256,8 @@ def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "entry", required=True)
     try:
-        config = parser.parse_object({"entry": {"class_path": class_path, "init_args": entry.get("init_args", {})}})
+        described = {"class_path": class_path, "init_args": deepcopy(entry.get("init_args", {}))}
+        config = parser.parse_object({"entry": described})
     except ArgumentError as error:
         msg = f"{place}: {error}"
         raise ValueError(msg) from None

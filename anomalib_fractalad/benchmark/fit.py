@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def build(spec: dict[str, Any], root: Path) -> tuple[AnomalibModule, AnomalibDat
 def _instantiate(base: type, entry: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "entry", required=True)
-    described = {name: entry[name] for name in ("class_path", "init_args")}
+    described = deepcopy({name: entry[name] for name in ("class_path", "init_args")})  # jsonargparse writes into lists
     return parser.instantiate_classes(parser.parse_object({"entry": described})).entry
 
 

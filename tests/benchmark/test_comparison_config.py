@@ -2,6 +2,7 @@
 """A comparison is checked before it runs."""
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from anomalib_fractalad.benchmark.__main__ import benchmark, main
 from anomalib_fractalad.benchmark.config import Job, Settings, make_jobs
+from anomalib_fractalad.benchmark.fit import build
 from anomalib_fractalad.benchmark.provenance import PACKAGE, package_digest
 from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet, trusted_files, working_directory
 
@@ -232,3 +234,16 @@ def test_a_mistake_is_told_in_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr == "error: models[0] (Stfpm) has no training budget; give epochs or steps\n"
     assert not done.stdout
+
+
+def test_objects_within_arguments_stay_plain_data(tmp_path: Path) -> None:
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [32, 32]}}
+    compose = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [resize]}}
+    pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": compose}}
+    arguments = {"backbone": "resnet18", "pre_trained": False, "pre_processor": pre_processor}
+    (job,) = jobs({**PADIM, "init_args": arguments})
+    before = json.dumps(job.spec)
+    model, _ = build(job.spec, tmp_path)
+    assert model.pre_processor.transform.transforms[0].size == [32, 32]
+    assert json.dumps(job.spec) == before
+    assert arguments["pre_processor"]["init_args"]["transform"]["init_args"]["transforms"] == [resize]

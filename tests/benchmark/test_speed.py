@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import image_size as image_size_benchmark
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from anomalib.deploy import TorchInferencer
+from anomalib.models.components import KCenterGreedy
 from conftest import one_program
 from generator_speed import generator_speed
 from image_size import image_size
 from inference_speed import inference_speed
 from loading_speed import loading_speed
+from quick_patchcore import QuickPatchcore, choose
 from training_speed import _keep_gradients, _make, training_speed
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
@@ -148,3 +151,22 @@ def test_loading_speed(tile_root: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "8 images, the first of 64 x 64, in batches of 2" in printed
     assert f"{ratio:.1f} x training" in printed
+
+
+def test_quick_patchcore_chooses_as_anomalib() -> None:
+    features = torch.randn(60, 5)
+    torch.manual_seed(0)
+    # three dimensions are not projected
+    expected = KCenterGreedy(embedding=features[..., None], sampling_ratio=0.5).select_coreset_idxs()
+    torch.manual_seed(0)
+    assert choose(features, 30).tolist() == expected
+
+
+def test_quick_patchcore_keeps_so_many_items() -> None:
+    model = QuickPatchcore(items=7, backbone="resnet18", layers=["layer1"], pre_trained=False)
+    model.train()
+    model.training_step(SimpleNamespace(image=torch.rand(2, 3, 32, 32)))
+    features = torch.vstack(model.model.embedding_store)
+    model.fit()
+    assert model.model.memory_bank.shape == (7, 64)
+    assert (model.model.memory_bank[:, None] == features).all(dim=2).any(dim=1).all()

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""anomalib's PatchCore with a given number of items, whose greedy choice takes minutes on a CPU, not hours.
+
+The choice is PatchCore's own, farthest point first over all features of all training images. It is made on the
+features themselves, not on anomalib's random projections of them, which have more channels than the features of a small
+backbone. Everything else is anomalib's. In the config of a comparison it is ``quick_patchcore.QuickPatchcore``, with
+this folder on ``PYTHONPATH``.
+"""
+
+from typing import Any
+
+import torch
+from anomalib.models import Patchcore
+from torch import Tensor
+
+
+def choose(features: Tensor, count: int) -> Tensor:
+    """Choose items farthest point first, from a random one on.
+
+    Args:
+        features: (n, C).
+        count: Number of items, at most n.
+
+    Returns:
+        Their indices, (count,).
+    """
+    squares = features.square().sum(dim=1)
+    nearest = torch.full_like(squares, torch.inf)
+    chosen = torch.empty(count, dtype=torch.long)
+    item = torch.randint(len(features), ()).item()
+    for position in range(count):
+        chosen[position] = item
+        distance = torch.addmv(squares + squares[item], features, features[item], alpha=-2)
+        nearest = torch.minimum(nearest, distance)
+        nearest[item] = -torch.inf
+        item = nearest.argmax()
+    return chosen
+
+
+class QuickPatchcore(Patchcore):
+    """PatchCore with a memory of so many items.
+
+    Args:
+        items: Number of items of the memory; all features where there are fewer.
+        **arguments: Those of anomalib's PatchCore.
+    """
+
+    def __init__(self, items: int = 10_000, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.items = items
+
+    def fit(self) -> None:
+        """Choose the memory from the features of all training images."""
+        features = torch.vstack(self.model.embedding_store)
+        self.model.embedding_store.clear()
+        self.model.memory_bank = features[choose(features, min(self.items, len(features)))]
