@@ -9,14 +9,17 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from anomalib_fractalad.benchmark.config import RUNTIMES, Job
 from anomalib_fractalad.benchmark.record import record_of
 
 RUNTIME_NAMES = dict(zip(RUNTIMES, ("torch", "OpenVINO FP32", "OpenVINO FP16", "OpenVINO INT8"), strict=True))
-MARKERS = dict(zip(RUNTIMES, "osD^", strict=True))
+MARKERS = "osD^vP*X<>"
+CHANCE = 0.5
+NAMED = 3
+LEVEL = 0.01  # image AUROCs that differ by less are called level
 
 
 def defect_columns(results: pd.DataFrame) -> list[str]:
@@ -28,13 +31,8 @@ def defect_columns(results: pd.DataFrame) -> list[str]:
     return [name for name in results if name.startswith("image_AUROC/")]
 
 
-def _colors(results: pd.DataFrame) -> dict[str, Any]:
-    palette = mpl.colormaps["tab10"]
-    return {model: palette(i % 10) for i, model in enumerate(dict.fromkeys(results.model))}
-
-
 def plot_latency(results: pd.DataFrame) -> Figure | None:
-    """Plot image AUROC against the latency of each model in each runtime.
+    """Plot image AUROC against latency, of each model in the runtime that is fastest with it.
 
     Args:
         results: A row for each job, as in ``results.csv``.
@@ -42,32 +40,33 @@ def plot_latency(results: pd.DataFrame) -> Figure | None:
     Returns:
         The figure; ``None`` where nothing was measured.
     """
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    drawn = set()
-    for model, color in _colors(results).items():
-        group = results[results.model == model]
-        for runtime, marker in MARKERS.items():
+    points = {}
+    for model, group in results.groupby("model", sort=False):
+        measured = {}
+        for runtime, name in RUNTIME_NAMES.items():
             latency = _mean(group, f"{runtime}/latency_ms")
             quality = _mean(group, "image_AUROC" if runtime == "torch" else f"{runtime}/image_AUROC")
             if latency is not None and quality is not None:
-                axes.scatter(latency, quality, color=color, marker=marker, s=60, edgecolors="black", linewidths=0.5)
-                drawn.add((model, runtime))
-    if not drawn:
+                measured[name] = (latency, quality)
+        if measured:
+            runtime = min(measured, key=lambda name: measured[name][0])
+            points[model] = (*measured[runtime], f"{model}, {runtime}")
+    if not points:
         return None
-    for model, color in _colors(results).items():
-        if any(model == name for name, _ in drawn):
-            axes.scatter([], [], color=color, marker="o", label=model)
-    for runtime, marker in MARKERS.items():
-        if any(runtime == name for _, name in drawn):
-            axes.scatter([], [], color="white", edgecolors="black", marker=marker, label=RUNTIME_NAMES[runtime])
-    axes.set(xlabel="latency of one image, ms", ylabel="image AUROC")
-    _finish(axes, log=True)
+    figure, axes = _axes()
+    for place, (model, (latency, quality, label)) in enumerate(points.items()):
+        axes.scatter(latency, quality, **_style(results, model), s=70, zorder=3 + place, label=label)
+    first = min(points, key=lambda model: points[model][0])
+    title = _ranking({model: quality for model, (_, quality, _) in points.items()})
+    _finish(axes, f"{title}\n{first} answers fastest, in {points[first][0]:.3g} ms")
+    _scale(axes, "latency of one image, ms", [latency for latency, *_ in points.values()])
+    _limit(axes.set_ylim, [quality for _, quality, _ in points.values()])
+    axes.set_ylabel("image AUROC")
     return figure
 
 
 def plot_fit_time(results: pd.DataFrame) -> Figure | None:
-    """Plot image AUROC against the time of training.
+    """Plot image AUROC against the time of training, with a bar from the lowest to the highest seed.
 
     Args:
         results: As for :func:`plot_latency`.
@@ -75,18 +74,23 @@ def plot_fit_time(results: pd.DataFrame) -> Figure | None:
     Returns:
         The figure; ``None`` where nothing was measured.
     """
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    for model, color in _colors(results).items():
-        group = results[results.model == model]
+    points = {}
+    for model, group in results.groupby("model", sort=False):
         seconds, quality = _mean(group, "fit_seconds"), _mean(group, "image_AUROC")
         if seconds is not None and quality is not None:
-            spread = group["image_AUROC"].std() if len(group) > 1 else None
-            axes.errorbar(seconds, quality, yerr=spread, color=color, marker="o", capsize=3, linestyle="", label=model)
-    if not axes.has_data():
+            points[model] = (seconds, quality, group["image_AUROC"].min(), group["image_AUROC"].max())
+    if not points:
         return None
-    axes.set(xlabel="fit time, s", ylabel="image AUROC")
-    _finish(axes, log=True)
+    figure, axes = _axes()
+    for place, (model, (seconds, quality, low, high)) in enumerate(points.items()):
+        axes.plot([seconds, seconds], [low, high], color="gray", zorder=2)
+        axes.scatter(seconds, quality, **_style(results, model), s=70, zorder=3 + place, label=model)
+    first = min(points, key=lambda model: points[model][0])
+    title = _ranking({model: quality for model, (_, quality, *_) in points.items()})
+    _finish(axes, f"{title}\n{first} is fastest to train, in {points[first][0]:.3g} s")
+    _scale(axes, "fit time, s", [seconds for seconds, *_ in points.values()])
+    _limit(axes.set_ylim, [low for *_, low, _ in points.values()])
+    axes.set_ylabel("image AUROC")
     return figure
 
 
@@ -100,33 +104,69 @@ def plot_defects(results: pd.DataFrame) -> Figure | None:
         The figure; ``None`` where nothing was measured.
     """
     columns = [name for name in defect_columns(results) if results[name].notna().any()]
-    models = [model for model, group in results.groupby("model", sort=False) if group[columns].notna().any(axis=None)]
-    if not columns or not models:
+    if not columns:
         return None
-    figure = Figure(figsize=(max(7, 1.2 * len(columns) + 2), 4))
-    axes = figure.subplots()
-    width = 0.8 / len(models)
-    colors = _colors(results)
-    for i, model in enumerate(models):
-        means = results[results.model == model][columns].mean()
-        places = [column + (i - (len(models) - 1) / 2) * width for column in range(len(columns))]
-        axes.bar(places, means, width, color=colors[model], label=model)
-    axes.set_xticks(range(len(columns)), [name.partition("/")[2] for name in columns])
-    axes.set(ylabel="image AUROC", ylim=(0, 1.02))
-    _finish(axes)
+    means = results.groupby("model", sort=False)[columns].mean().dropna(how="all")
+    best = means.max().sort_values()
+    figure, axes = _axes(height=1.5 + 0.45 * len(columns))
+    for place, (model, row) in enumerate(means.iterrows()):
+        axes.scatter(row[best.index], range(len(best)), **_style(results, model), s=55, zorder=3 + place, label=model)
+    axes.set_yticks(range(len(best)), [name.partition("/")[2] for name in best.index])
+    axes.set_ylim(len(best) - 0.5, -0.5)
+    hardest = best.index[0].partition("/")[2]
+    _finish(axes, f"Hardest to find: {hardest}, with an image AUROC of {best.iloc[0]:.2f} at best")
+    _limit(axes.set_xlim, means.min())
+    axes.set_xlabel("image AUROC")
     return figure
+
+
+def _axes(height: float = 4) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6, height))
+    return figure, figure.subplots()
+
+
+def _style(results: pd.DataFrame, model: str) -> dict[str, Any]:
+    """Marker and color of a model, which differ in gray, too."""
+    models = list(dict.fromkeys(results.model))
+    number, count = models.index(model), len(models)
+    color = mpl.colormaps["viridis"](number / max(count - 1, 1))
+    return {"marker": MARKERS[number % len(MARKERS)], "color": [color], "edgecolors": "black", "linewidths": 0.6}
+
+
+def _ranking(quality: dict[str, float]) -> str:
+    """Which models are best, in words."""
+    highest = max(quality.values())
+    leaders = [model for model, value in quality.items() if value > highest - LEVEL]
+    if len(leaders) == 1:
+        return f"{leaders[0]} has the best image AUROC, {highest:.2f}"
+    named = f"{', '.join(leaders[:-1])} and {leaders[-1]}"
+    who = named if len(leaders) <= NAMED else f"{len(leaders)} of {len(quality)} models"
+    return f"{who} are level in image AUROC, at about {highest:.2f}"
+
+
+def _limit(set_limits: Any, values: Any) -> None:
+    """From chance to 1, or from 0 where a model is worse than chance: less would blow up noise."""
+    set_limits(CHANCE - 0.02 if min(values) >= CHANCE else 0, 1.02)
+
+
+def _scale(axes: Any, label: str, values: list[float]) -> None:
+    """A logarithmic axis with plain numbers that spans a decade at least."""
+    low, high = min(values), max(values)
+    margin = max(1.3, (10 * low / high) ** 0.5)
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlabel(label)
 
 
 def _mean(group: pd.DataFrame, name: str) -> float | None:
     return float(group[name].mean()) if name in group and group[name].notna().any() else None
 
 
-def _finish(axes: Any, log: bool = False) -> None:
-    if log:
-        axes.set_xscale("log")
-        for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis(StrMethodFormatter("{x:g}"))
-        axes.tick_params(axis="x", which="both", rotation=45)
+def _finish(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from anomalib_fractalad.benchmark.config import Job
+from anomalib_fractalad.benchmark.plots import plot_defects, plot_fit_time, plot_latency
 from anomalib_fractalad.benchmark.record import Record, conditions, is_missing, record_of, state_of
 from anomalib_fractalad.benchmark.report import write_report
 from anomalib_fractalad.benchmark.runner import describe_stage, run_in_process
@@ -237,3 +238,70 @@ def test_a_torn_record_counts_as_missing(tmp_path: Path) -> None:
     record.save(status="done")
     record.file.write_text(record.file.read_text()[:9])
     assert record_of(make_job("torn", 0), tmp_path).content == {}
+
+
+RESULTS = pd.DataFrame(
+    {
+        "model": ["one", "one", "two", "three"],
+        "seed": [0, 1, 0, 0],
+        "image_AUROC": [0.96, 0.98, 0.965, 0.7],
+        "fit_seconds": [10.0, 30.0, 100.0, 400.0],
+        "torch/latency_ms": [50.0, 50.0, 20.0, 300.0],
+        "openvino_int8/latency_ms": [10.0, 10.0, None, None],
+        "openvino_int8/image_AUROC": [0.9, 0.9, None, None],
+        "image_AUROC/dent": [0.9, 1.0, 0.8, 0.6],
+        "image_AUROC/cut": [0.7, 0.7, 0.75, 0.5],
+    },
+)
+
+
+def drawn(axes: Any) -> dict[str, list[float]]:
+    return {points.get_label(): points.get_offsets().data.tolist()[0] for points in axes.collections}
+
+
+def test_the_plot_of_latency_says_who_is_best_and_who_is_fastest() -> None:
+    figure = plot_latency(RESULTS)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "two has the best image AUROC, 0.96\none answers fastest, in 10 ms"
+    expected = {"one, OpenVINO INT8": [10, 0.9], "two, torch": [20, 0.965], "three, torch": [300, 0.7]}
+    assert drawn(axes) == {label: pytest.approx(point) for label, point in expected.items()}
+
+
+def test_the_plot_of_fit_time_shows_means_and_the_range_over_seeds() -> None:
+    figure = plot_fit_time(RESULTS)
+    assert figure is not None
+    (axes,) = figure.axes
+    title = "one and two are level in image AUROC, at about 0.97\none is fastest to train, in 20 s"
+    assert axes.get_title(loc="left") == title
+    assert drawn(axes)["one"] == pytest.approx([20, 0.97])
+    assert axes.lines[0].get_ydata() == pytest.approx([0.96, 0.98])
+
+
+def test_the_plot_of_defects_names_the_hardest() -> None:
+    figure = plot_defects(RESULTS)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_title(loc="left") == "Hardest to find: cut, with an image AUROC of 0.75 at best"
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cut", "dent"]
+    assert axes.collections[0].get_offsets().data.tolist() == [pytest.approx([0.7, 0]), pytest.approx([0.95, 1])]
+
+
+@pytest.mark.parametrize(("auroc", "lowest"), [(0.995, 0.48), (0.4, 0)])
+def test_axes_of_plots_span_from_chance_to_one(auroc: float, lowest: float) -> None:
+    results = RESULTS.assign(image_AUROC=[1.0, 1.0, 1.0, auroc], **{"image_AUROC/dent": auroc, "image_AUROC/cut": 1.0})
+    fit_time, defects = plot_fit_time(results), plot_defects(results)
+    assert fit_time is not None
+    assert defects is not None
+    assert fit_time.axes[0].get_ylim() == pytest.approx((lowest, 1.02))
+    assert defects.axes[0].get_xlim() == pytest.approx((lowest, 1.02))
+
+
+def test_models_are_told_apart_in_gray() -> None:
+    figure = plot_fit_time(pd.DataFrame({"model": list("abcdef"), "image_AUROC": 0.9, "fit_seconds": range(1, 7)}))
+    assert figure is not None
+    points = figure.axes[0].collections
+    grays = sorted(np.dot(model.get_facecolor()[0][:3], [0.299, 0.587, 0.114]) for model in points)
+    assert np.diff(grays).min() > 0.08
+    assert len({model.get_paths()[0].vertices.tobytes() for model in points}) == 6
+    assert figure.axes[0].get_title(loc="left").startswith("6 of 6 models are level in image AUROC, at about 0.90")
