@@ -18,11 +18,13 @@ from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMe
 from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
 from anomalib_fractalad.models.fractalmemory.statistics import (
     REGULARIZATION,
+    SMALLEST_DISTANCE,
     Moments,
     Reservoir,
     check_level_weights,
     extended_average,
     farthest_points,
+    level_scales,
     places,
 )
 
@@ -58,48 +60,50 @@ def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
         F.avg_pool2d(standard[1], 3, 1, 1),
         F.avg_pool2d(F.interpolate(standard[2], size=(8, 8), mode="bilinear"), 3, 1, 1) / inside * wide,
     ]
-    rows = torch.cat(pooled, dim=1).movedim(1, -1).flatten(0, 2)
-    rows = rows - rows.mean(0)
-    covariance = rows.mT @ rows / len(rows) + REGULARIZATION * torch.eye(9, dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
-    expected = torch.cdist(rows @ root, rows @ root)  # whitenings differ by a rotation
-
     described = descriptor(features).movedim(1, -1).flatten(0, 2)
-    distances = torch.cdist(described.double(), described.double())
-    torch.testing.assert_close(distances, expected, atol=1e-4, rtol=1e-4)
+    for level, found in zip(pooled, torch.split(described, CHANNELS, dim=1), strict=True):
+        rows = level.movedim(1, -1).flatten(0, 2)
+        rows = rows - rows.mean(0)
+        covariance = rows.mT @ rows / len(rows) + REGULARIZATION * torch.eye(rows.shape[1], dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
+        expected = torch.cdist(rows @ root, rows @ root)  # whitenings differ by a rotation
+        torch.testing.assert_close(torch.cdist(found.double(), found.double()), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(described.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
     averages = extended_average(features).movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
 
 
-def test_levels_are_whitened_by_themselves_and_count_by_their_weights() -> None:
-    features = random_features(6)
-    moments, joint, descriptor = Moments(CHANNELS), Descriptor(CHANNELS), Descriptor(CHANNELS)
-    moments.update(features, extended_average(features))
-    moments.fit(joint)
-    affine = moments.fit(descriptor, (4.0, 2.0, 1.0))
-
-    # A second way: the levels of jointly whitened features, whose whitening is undone.
-    rows = (joint(features).movedim(1, -1).flatten(0, 2) @ torch.linalg.inv(joint.whiten).mT).double()
-    expected = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for level, weight in zip(torch.split(rows, CHANNELS, dim=1), (4, 2, 1), strict=True):
-        covariance = level.mT @ level / len(level) + REGULARIZATION * torch.eye(level.shape[1], dtype=torch.float64)
-        difference = level[:, None] - level[None]
-        mahalanobis = torch.einsum("ijc,cd,ijd->ij", difference, torch.linalg.inv(covariance), difference)
-        expected += weight / 7 * sum(CHANNELS) / level.shape[1] * mahalanobis
-    described = descriptor(features).movedim(1, -1).flatten(0, 2)
-    found = torch.cdist(described.double(), described.double()).square()
+def test_levels_are_scaled_by_their_range_over_normal_places_and_weighed() -> None:
+    candidates, owners = torch.randn(90, 9) * torch.tensor([1.0] * 2 + [3.0] * 3 + [10.0] * 4), torch.arange(90) % 6
+    memory = FeatureMemory(90, CHANNELS)
+    memory.fill(candidates, owners[:, None].expand(-1, 3))
+    found = level_scales(memory, candidates, owners, (4.0, 2.0, 1.0))
+    others = torch.where(owners[:, None] == owners, torch.inf, 0)
+    medians, ranges = [], []
+    for level in torch.split(candidates, CHANNELS, dim=1):
+        nearest = (torch.cdist(level, level) + others).amin(dim=1) / level.shape[1] ** 0.5
+        medians.append(nearest.quantile(0.5))
+        ranges.append(nearest.quantile(0.995) - medians[-1])
+    expected = torch.tensor([4.0, 2.0, 1.0]) / torch.stack(ranges)
+    expected /= expected @ torch.stack(medians)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    averages = extended_average(features).movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_normal_places_that_are_all_alike_are_no_fault(images: int) -> None:
+    candidates, owners = torch.ones(20, 9), torch.arange(20) % images
+    memory = FeatureMemory(10, CHANNELS)
+    memory.fill(candidates[:10], owners[:10, None].expand(-1, 3))
+    scales = level_scales(memory, candidates, owners)
+    torch.testing.assert_close(scales, torch.full((3,), 1 / (3 * SMALLEST_DISTANCE)))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("nan"), 1.0)])
 def test_wrong_level_weights_are_named(weights: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="level_weights"):
         check_level_weights(weights)
-    check_level_weights(None)
+    check_level_weights((4.0, 2.0, 1.0))
 
 
 def test_what_lies_outside_a_region_is_not_gathered() -> None:
@@ -168,38 +172,42 @@ def test_equal_points_are_chosen_once_each() -> None:
 
 
 def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself() -> None:
-    memory = FeatureMemory(50, 9)
-    items, owners = torch.randn(50, 9), torch.arange(50) % 5
+    memory = FeatureMemory(50, CHANNELS)
+    items, owners = torch.randn(50, 9), torch.stack([torch.randperm(50) % 5 for _ in CHANNELS], dim=1)
     memory.fill(items, owners)
     query = torch.randn(3, 9, 4, 6)
-    rows = query.movedim(1, -1)
-
-    found = memory(query).movedim(1, -1)
-    torch.testing.assert_close(found, items[torch.cdist(rows.flatten(0, 2), items).argmin(1)].view_as(found))
-
+    everything = memory(query)
     hidden = memory.hide(torch.tensor([4, 0, 77]), torch.ones(3))
-    found = memory(query, hidden).movedim(1, -1)
-    for image, owner in enumerate((4, 0, 77)):
-        others = items[owners != owner]
-        nearest = others[torch.cdist(rows[image].flatten(0, 1), others).argmin(1)]
-        torch.testing.assert_close(found[image].flatten(0, 1), nearest)
+    without = memory(query, hidden)
+    levels = zip(*(torch.split(part, CHANNELS, dim=1) for part in (query, everything, without, items)), strict=True)
+    for number, (level, found, others_found, level_items) in enumerate(levels):
+        rows = level.movedim(1, -1)
+        nearest = level_items[torch.cdist(rows.flatten(0, 2), level_items).argmin(1)]
+        torch.testing.assert_close(found.movedim(1, -1), nearest.view_as(rows))
+        for image, owner in enumerate((4, 0, 77)):
+            others = level_items[owners[:, number] != owner]
+            nearest = others[torch.cdist(rows[image].flatten(0, 1), others).argmin(1)]
+            torch.testing.assert_close(others_found[image].movedim(0, -1).flatten(0, 1), nearest)
 
 
 def test_a_random_share_of_the_others_is_left() -> None:
-    memory = FeatureMemory(4000, 1)
-    memory.fill(torch.randn(4000, 1), torch.arange(4000) % 2)
+    memory = FeatureMemory(4000, [1, 1])
+    memory.fill(torch.randn(4000, 2), torch.stack([torch.arange(4000) % 2, torch.arange(4000) % 4], dim=1))
     hidden = memory.hide(torch.tensor([0, 1, 5]), torch.tensor([0.5, 0.1, 0.0]))
-    assert hidden[0, memory.owners == 0].all()
-    assert hidden[1, memory.owners == 1].all()
+    for image, owner in enumerate((0, 1, 5)):
+        assert hidden[image][memory.owners == owner].all()
     left = (~hidden).float().mean(dim=1)
-    torch.testing.assert_close(left[:2], torch.tensor([0.25, 0.05]), atol=0.03, rtol=0)
-    assert left[2] == 1  # a share of nothing is none
+    expected = torch.tensor([[0.25, 0.5 * 0.75], [0.05, 0.1 * 0.75]])
+    torch.testing.assert_close(left[:2], expected, atol=0.03, rtol=0)
+    assert left[2].tolist() == [1, 1]  # a share of nothing is none
 
 
-def test_an_image_that_owns_the_whole_memory_is_compared_with_it() -> None:
-    memory = FeatureMemory(7, 2)
-    memory.fill(torch.randn(3, 2), torch.tensor([1, 1, 1]))
+def test_an_image_that_owns_all_of_a_level_is_compared_with_it() -> None:
+    memory = FeatureMemory(7, [1, 1])
+    memory.fill(torch.randn(3, 2), torch.tensor([[1, 1], [1, 2], [1, 1]]))
     hidden = memory.hide(torch.tensor([1]), torch.ones(1))
+    assert not hidden[..., 0].any()
+    assert hidden[0, :, 1].tolist() == [True, False, True, True, False, True, True]
     assert memory(torch.randn(1, 2, 2, 2), hidden).isfinite().all()
     assert len(memory.items.unique(dim=0)) == 3  # few items are repeated
 
@@ -258,15 +266,21 @@ def teacher(images: torch.Tensor) -> list[torch.Tensor]:
 
 def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are() -> None:
     images, owner = torch.rand(6, 3, 32, 48), torch.tensor([5, 5, 3, 2, 1, 0])
-    network = SimpleNamespace(memory=FeatureMemory(30, 24), descriptor=Descriptor([8, 8, 8]))
+    network = SimpleNamespace(memory=FeatureMemory(30, [8, 8, 8]), descriptor=Descriptor([8, 8, 8]))
     gathering = Gathering([8, 8, 8], 1000, torch.device("cpu"))
     for part in (slice(0, 4), slice(4, 6)):
         gathering.add(teacher, images[part], owner[part])
     gathering.finish(network)
     places = network.descriptor(teacher(images)).movedim(1, -1).flatten(0, 2)
-    farthest = farthest_points(places, 30)
-    torch.testing.assert_close(network.memory.items, places[farthest], atol=1e-3, rtol=1e-3)
-    assert torch.equal(network.memory.owners, owner.repeat_interleave(len(places) // 6)[farthest])
+    for number, level in enumerate(torch.split(places, 8, dim=1)):
+        # Scaling changes no order.
+        farthest = farthest_points(level, 30)
+        found = torch.split(network.memory.items, 8, dim=1)[number]
+        torch.testing.assert_close(found, level[farthest], atol=1e-3, rtol=1e-3)
+        assert torch.equal(network.memory.owners[:, number], owner.repeat_interleave(len(places) // 6)[farthest])
+    # New images of the kind lie as far as normal ones do: at 1.
+    usual = network.memory.distance(network.descriptor(teacher(torch.rand(50, 3, 32, 48)))).median()
+    assert 0.6 < usual < 1.4
 
 
 def test_what_is_gathered_is_bounded() -> None:
@@ -318,14 +332,18 @@ def test_the_head_changes_the_map_and_never_the_score() -> None:
 @torch.no_grad()
 def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
     network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60, head=True, sigma=2).eval()
-    items = torch.randn(60, sum(network.teacher.channels))
-    network.memory.fill(items, torch.arange(60))
+    channels = network.teacher.channels
+    items = torch.randn(60, sum(channels))
+    network.memory.fill(items, torch.zeros(60, 3))
     network.gate.strength.fill_(0.4)
     images = torch.rand(2, 3, 64, 96)
     query = network.descriptor(network.teacher(images)).movedim(1, -1)
-    far, nearest = torch.cdist(query, items).min(dim=-1)
-    distance = far.unsqueeze(1) / items.shape[1] ** 0.5
-    logit = network.head((query - items[nearest]).movedim(-1, 1), distance)
+    distance, residuals = torch.zeros(2, 1, *query.shape[1:3]), []
+    for level, level_items in zip(*(torch.split(rows, channels, dim=-1) for rows in (query, items)), strict=True):
+        far, nearest = torch.cdist(level, level_items).min(dim=-1)
+        distance += far.unsqueeze(1) / level_items.shape[1] ** 0.5
+        residuals.append(level - level_items[nearest])
+    logit = network.head(torch.cat(residuals, dim=-1).movedim(-1, 1), distance)
     fine = F.interpolate(distance, scale_factor=2, mode="bilinear")
 
     def smoothed(maps: torch.Tensor) -> torch.Tensor:
@@ -400,7 +418,7 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 def test_the_distance_alone_is_that_of_the_comparison() -> None:
     network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60)
     channels = sum(network.teacher.channels)
-    network.memory.fill(torch.randn(60, channels), torch.arange(60))
+    network.memory.fill(torch.randn(60, channels), torch.zeros(60, 3))
     features = network.teacher(torch.rand(2, 3, 64, 96))
     _, distance = network.compare(features)
     torch.testing.assert_close(network.distance(features), distance)

@@ -105,8 +105,8 @@ def test_images_are_compared_without_their_own_part(trained: Any) -> None:
     (hidden,) = seen
     assert len(hidden) == 7  # the anomalous images, then two normal ones
     for image, part in enumerate(parts):
-        assert hidden[image, owners == part].all()
-        assert not hidden[image].all()
+        assert hidden[image][owners == part].all()
+        assert not hidden[image].all(dim=0).any()
     assert all(any(row[owners == part].all() for part in parts) for row in hidden[5:])
 
 
@@ -128,8 +128,8 @@ def test_a_head_that_does_harm_does_not_count(trained: Any) -> None:
     state = {key: value.clone() for key, value in network.state_dict().items()}
     truth = {id(sample.residual): sample.mask for sample in calibrate._samples}
     assert len(truth) == 4  # one image is kept aside; in two lights, without and with a defect
-    (image,), own = calibrate.images, network.memory.owners == calibrate.owners
-    residual, _ = network.compare(network.teacher(image.float().unsqueeze(0)), own.unsqueeze(0))
+    (image,), own = calibrate.images, network.memory.own(calibrate.owners)
+    residual, _ = network.compare(network.teacher(image.float().unsqueeze(0)), own)
     torch.testing.assert_close(calibrate._samples[0].residual, residual.detach())
 
     def oracle(sign: float) -> Any:

@@ -66,12 +66,12 @@ class Gathering:
                 self.held_owners = torch.cat([self.held_owners, owner[i : i + 1]])
         self.images += len(images)
 
-    def finish(self, model: FractalMemoryModel, level_weights: Sequence[float] | None = None) -> None:
+    def finish(self, model: FractalMemoryModel, level_weights: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
         """Fill the model's memory, the same in every process.
 
         Args:
             model: The network.
-            level_weights: As for :meth:`Moments.fit`.
+            level_weights: As for :func:`level_scales`.
         """
         values, owners = self.reservoir.sample
         if dist.is_available() and dist.is_initialized():

@@ -51,11 +51,11 @@ class FractalMemory(OneClassModule, AnomalibModule):
         pre_trained: Load ImageNet weights into the teacher.
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
             ImageNet weights: no network is needed.
-        memory_size: Number of normal descriptors that the memory holds.
+        memory_size: Number of normal descriptors that the memory holds of each level.
         reservoir_size: Number of descriptors, drawn evenly from all images, that the memory is chosen from. With the
             memory it bounds what is held, however many images there are.
-        level_weights: What the levels at strides 4, 8 and 16 count in squared distances; each is whitened by itself.
-            None whitens all by their joint covariance, where every channel counts the same.
+        level_weights: What the levels at strides 4, 8 and 16 count in the distance. Before that, each level's distance
+            is divided by its range over normal places.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
         head: Train a head that refines maps, in all epochs after the first. It has to be tried on defects of the part:
@@ -101,9 +101,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
         weights: str | Path | None = None,
-        memory_size: int = 3000,
+        memory_size: int = 2000,
         reservoir_size: int = 80_000,
-        level_weights: tuple[float, float, float] | None = (1.0, 1.0, 1.0),
+        level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         part_pattern: str | None = None,
         head: bool = False,
         width: int = 64,

@@ -21,7 +21,7 @@ class Descriptor(nn.Module):
     Attributes:
         mean: Mean of each channel over normal features, (C,).
         deviation: Standard deviation of each channel, (C,).
-        whiten: (C, C), what turns averages into whitened descriptors; it holds the levels' weights, too.
+        whiten: (C, C), one block for each level: what turns averages into whitened descriptors, scaled by level.
         shift: (C,), what is added after that.
     """
 
@@ -46,8 +46,7 @@ class Descriptor(nn.Module):
             features: (B, C_i, H_i, W_i) for each level, from the finest to the coarsest.
 
         Returns:
-            (B, C, H_1, W_1), C the sum of C_i, of zero mean on normal images; the mean square over all channels is
-            about 1.
+            (B, C, H_1, W_1), C the sum of C_i, of zero mean on normal images.
         """
         means, deviations = (torch.split(values, self.channels) for values in (self.mean, self.deviation))
         standard = [
@@ -80,24 +79,25 @@ def average(features: Sequence[Tensor]) -> Tensor:
 
 
 class FeatureMemory(nn.Module):
-    """Normal descriptors, and the search for the nearest.
+    """Normal descriptors, and the search for the nearest, which each level does for itself.
 
     Args:
-        size: Number of items.
-        channels: Channels of an item.
+        size: Number of items of each level.
+        channels: Channels of each level.
 
     Attributes:
-        items: (N, C).
-        owners: Number of the owner of each item, (N,).
+        items: (N, C), C the sum of all channels. What the levels hold in one row has nothing to do with each other.
+        owners: Numbers of the owners of each level's items, (N, S).
     """
 
     items: Tensor
     owners: Tensor
 
-    def __init__(self, size: int, channels: int) -> None:
+    def __init__(self, size: int, channels: Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer("items", torch.zeros(size, channels))
-        self.register_buffer("owners", torch.full((size,), -1))
+        self.channels = list(channels)
+        self.register_buffer("items", torch.zeros(size, sum(channels)))
+        self.register_buffer("owners", torch.full((size, len(channels)), -1))
 
     @torch.no_grad()
     def fill(self, items: Tensor, owners: Tensor) -> None:
@@ -105,55 +105,95 @@ class FeatureMemory(nn.Module):
 
         Args:
             items: (n, C), at least one and at most N.
-            owners: (n,).
+            owners: (n, S).
         """
         index = torch.arange(len(self.items), device=items.device) % len(items)
         self.items.copy_(items[index])
         self.owners.copy_(owners[index])
+
+    def own(self, owner: Tensor) -> Tensor:
+        """Find the items of images' owners; none at a level that has no others.
+
+        Args:
+            owner: Numbers (B,) of the images' owners, on any device.
+
+        Returns:
+            Boolean (B, N, S).
+        """
+        own = self.owners == owner.to(self.owners.device, non_blocking=True)[:, None, None]
+        return own & ~own.all(dim=1, keepdim=True)
 
     def hide(self, owner: Tensor, share: Tensor) -> Tensor:
         """Choose items to pass over: an image's own, unless all are, and of the others all but a random share.
 
         Args:
             owner: Numbers (B,) of the images' owners, on any device.
-            share: Shares (B,) of the others that are left, on the CPU; at least one item is left.
+            share: Shares (B,) of the others that are left, on the CPU; at each level at least one item is left.
 
         Returns:
-            Boolean (B, N).
+            Boolean (B, N, S).
         """
-        own = self.owners == owner.to(self.owners.device, non_blocking=True)[:, None]
-        own &= ~own.all(dim=1, keepdim=True)
-        thinned = own | (torch.rand(own.shape) >= share[:, None]).to(own.device, non_blocking=True)
+        own = self.own(owner)
+        thinned = own | (torch.rand(own.shape) >= share[:, None, None]).to(own.device, non_blocking=True)
         return torch.where(thinned.all(dim=1, keepdim=True), own, thinned)
 
     def forward(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Find the nearest item to each place.
+        """Find each level's nearest item to each place.
 
         Args:
             query: (B, C, H, W).
-            hidden: Items that are passed over, boolean (B, N), but not all of an image. Left out, none are.
+            hidden: Items that are passed over, boolean (B, N, S), but not all of a level. Left out, none are.
 
         Returns:
             The nearest items, (B, C, H, W).
         """
-        index = self._compare(query, hidden).argmin(dim=1)
-        return F.embedding(index, self.items).permute(0, 3, 1, 2)
+        found = []
+        for number, (level, items) in enumerate(self._levels(query)):
+            index = _compare(level, items, None if hidden is None else hidden[..., number]).argmin(dim=1)
+            found.append(F.embedding(index, items).permute(0, 3, 1, 2))
+        return torch.cat(found, dim=1)
 
     def distance(self, query: Tensor) -> Tensor:
-        """Measure how far the nearest item is, without telling which it is: that takes longer than all the rest.
+        """Measure how far the nearest items are, without telling which they are: that takes longer than all the rest.
 
         Args:
             query: (B, C, H, W).
 
         Returns:
-            Root mean square over channels of the difference, (B, 1, H, W).
+            What :meth:`length` gives of the difference, (B, 1, H, W).
         """
-        squared = self._compare(query).amin(dim=1, keepdim=True) + query.square().sum(dim=1, keepdim=True)
-        return (squared / query.shape[1]).clamp(min=1e-12).sqrt()
+        squares = [
+            _compare(level, items).amin(dim=1, keepdim=True) + level.square().sum(dim=1, keepdim=True)
+            for level, items in self._levels(query)
+        ]
+        return self._join(squares)
 
-    def _compare(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """|q - m|^2 without |q|^2, which all items share, (B, N, H, W)."""
-        distance = F.conv2d(query, -2 * self.items[..., None, None], self.items.square().sum(dim=1))
-        if hidden is not None:
-            distance.masked_fill_(hidden[..., None, None], torch.inf)
-        return distance
+    def length(self, residual: Tensor) -> Tensor:
+        """Measure differences from nearest items.
+
+        Args:
+            residual: (B, C, H, W).
+
+        Returns:
+            Root mean square over each level's channels, summed over levels, (B, 1, H, W).
+        """
+        return self._join([level.square().sum(dim=1, keepdim=True) for level in self._split(residual)])
+
+    def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(maps, self.channels, dim=1)
+
+    def _levels(self, query: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each level's part of a query, and its items."""
+        return list(zip(self._split(query), self._split(self.items), strict=True))
+
+    def _join(self, squares: Sequence[Tensor]) -> Tensor:
+        means = [square / channels for square, channels in zip(squares, self.channels, strict=True)]
+        return torch.cat([mean.clamp(min=1e-12).sqrt() for mean in means], dim=1).sum(dim=1, keepdim=True)
+
+
+def _compare(query: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """|q - m|^2 without |q|^2, which all items share, (B, N, H, W)."""
+    distance = F.conv2d(query, -2 * items[..., None, None], items.square().sum(dim=1))
+    if hidden is not None:
+        distance.masked_fill_(hidden[..., None, None], torch.inf)
+    return distance

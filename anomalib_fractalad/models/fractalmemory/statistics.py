@@ -14,21 +14,23 @@ from .memory import Descriptor, FeatureMemory, average
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 LEVELS = 3
 PROJECTION = 64  # dimensions that distances between candidates are measured in
+COMPARED = 10_000  # candidates that tell how far normal places lie from the memory
+AT_ONCE = 1000
+RARE = 0.995  # the share of normal places that are nearer than what counts as rare
+SMALLEST_DISTANCE = 0.05  # of whitened descriptors; what never varies would otherwise drown all else
 
 
-def check_level_weights(level_weights: Sequence[float] | None) -> None:
+def check_level_weights(level_weights: Sequence[float]) -> None:
     """Refuse weights that are not three finite numbers above zero.
 
     Args:
-        level_weights: Weights of the levels at strides 4, 8 and 16, or none.
+        level_weights: Weights of the levels at strides 4, 8 and 16.
 
     Raises:
         ValueError: If they are not.
     """
-    if level_weights is None:
-        return
     if len(level_weights) != LEVELS:
-        msg = f"level_weights is {level_weights!r}; it must hold {LEVELS} numbers, for strides 4, 8 and 16, or be None"
+        msg = f"level_weights is {level_weights!r}; it must hold {LEVELS} numbers, for strides 4, 8 and 16"
         raise ValueError(msg)
     check_positive(**{f"level_weights[{i}]": weight for i, weight in enumerate(level_weights)})
 
@@ -106,13 +108,11 @@ class Moments(nn.Module):
         self.sum += rows.sum(dim=0)
         self.products += rows.mT @ rows
 
-    def fit(self, descriptor: Descriptor, level_weights: Sequence[float] | None = None) -> Tensor:
-        """Set a descriptor's standardization and whitening.
+    def fit(self, descriptor: Descriptor) -> Tensor:
+        """Set a descriptor's standardization, and the whitening of each level by itself.
 
         Args:
             descriptor: Where the results are stored.
-            level_weights: What each level counts in squared distances; each is whitened by itself. Left out, all are
-                whitened by their joint covariance, and every channel counts the same.
 
         Returns:
             (C, C + S + 1), the affine map from extended averages and a 1 to whitened descriptors.
@@ -128,15 +128,9 @@ class Moments(nn.Module):
         center = self.sum / self.places
         covariance = self.products / self.places - torch.outer(center, center)
         covariance = standardize @ covariance @ standardize.mT
-        if level_weights is None:
-            whiten = _whitening(covariance)
-        else:
-            share = torch.tensor(level_weights, dtype=mean.dtype, device=mean.device) / sum(level_weights)
-            rows = torch.split(covariance, self.channels)
-            blocks = [torch.split(level_rows, self.channels, dim=1)[i] for i, level_rows in enumerate(rows)]
-            scales = (share * len(mean) / torch.tensor(self.channels, device=mean.device)).sqrt()
-            whitenings = [scale * _whitening(block) for scale, block in zip(scales, blocks, strict=True)]
-            whiten = torch.block_diag(*whitenings)  # type: ignore[no-untyped-call]
+        rows = torch.split(covariance, self.channels)
+        blocks = [torch.split(level_rows, self.channels, dim=1)[i] for i, level_rows in enumerate(rows)]
+        whiten = torch.block_diag(*map(_whitening, blocks))  # type: ignore[no-untyped-call]
         shift = -whiten @ standardize @ center
         for buffer, value in (
             (descriptor.mean, mean),
@@ -251,9 +245,9 @@ def fill_memory(
     moments: Moments,
     values: Tensor,
     owners: Tensor,
-    level_weights: Sequence[float] | None = None,
+    level_weights: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """Set a descriptor, and fill a memory with the candidates that lie farthest from each other.
+    """Set a descriptor, fill a memory with the candidates that lie farthest from each other, and scale both by level.
 
     Args:
         memory: The memory.
@@ -261,12 +255,50 @@ def fill_memory(
         moments: What the descriptor is made of.
         values: Extended averages of the candidates, (n, C + S).
         owners: Numbers of their owners, (n,).
-        level_weights: As for :meth:`Moments.fit`.
+        level_weights: As for :func:`level_scales`.
     """
-    affine = moments.fit(descriptor, level_weights)
+    affine = moments.fit(descriptor)
     candidates = F.linear(values, affine[:, :-1], affine[:, -1])
-    chosen = farthest_points(candidates, min(len(memory.items), len(candidates)))
-    memory.fill(candidates[chosen], owners[chosen])
+    count = min(len(memory.items), len(candidates))
+    levels = torch.split(candidates, memory.channels, dim=1)
+    chosen = [farthest_points(level, count) for level in levels]
+    items = torch.cat([level[rows] for level, rows in zip(levels, chosen, strict=True)], dim=1)
+    memory.fill(items, torch.stack([owners[rows] for rows in chosen], dim=1))
+    scales = level_scales(memory, candidates, owners, level_weights)
+    scales = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
+    memory.items *= scales
+    descriptor.whiten *= scales.unsqueeze(1)
+    descriptor.shift *= scales
+
+
+def level_scales(
+    memory: FeatureMemory, candidates: Tensor, owners: Tensor, level_weights: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Tensor:
+    """Factors that make the levels' distances comparable.
+
+    A level's distance is divided by its range over normal places, from the median to the 99.5 % quantile. All are
+    multiplied so that the sum of the medians is 1. The places are compared with a memory without their own image.
+
+    Args:
+        memory: The memory, filled.
+        candidates: Descriptors of normal places, (n, C).
+        owners: Numbers of their owners, (n,).
+        level_weights: What the levels count after that.
+
+    Returns:
+        (S,).
+    """
+    rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
+    distances = []
+    for part in torch.split(rows, AT_ONCE):
+        query = candidates[part][..., None, None]
+        residual = query - memory(query, memory.own(owners[part]))
+        levels = torch.split(residual.flatten(1), memory.channels, dim=1)
+        distances.append(torch.stack([level.square().mean(dim=1).sqrt() for level in levels]))
+    distance = torch.cat(distances, dim=1)
+    usual, rare = (torch.quantile(distance, share, dim=1).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
+    scales = torch.tensor(level_weights, device=distance.device) / (rare - usual).clamp(min=SMALLEST_DISTANCE)
+    return scales / (scales * usual).sum()
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:

@@ -33,7 +33,7 @@ class FractalMemoryModel(AnomalyNetwork):
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
         pre_trained: Load ImageNet weights into the teacher.
-        memory_size: Number of normal descriptors that the memory holds.
+        memory_size: Number of normal descriptors that the memory holds of each level.
         head: Whether there is a head.
         width: Channels of the head.
         sigma: Standard deviation in pixels of the smoothing of maps.
@@ -50,7 +50,7 @@ class FractalMemoryModel(AnomalyNetwork):
         self,
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
-        memory_size: int = 3000,
+        memory_size: int = 2000,
         head: bool = False,
         width: int = 64,
         sigma: int = 4,
@@ -63,7 +63,7 @@ class FractalMemoryModel(AnomalyNetwork):
         self.teacher = FrozenTeacher(backbone, STRIDES, pre_trained=pre_trained, weights=weights)
         self.descriptor = Descriptor(self.teacher.channels)
         channels = sum(self.teacher.channels)
-        self.memory = FeatureMemory(memory_size, channels)
+        self.memory = FeatureMemory(memory_size, self.teacher.channels)
         self.head = ResidualHead(channels, width) if head else None
         self.gate = BoundedGate()
         self.upsample = Upsample()
@@ -144,13 +144,13 @@ class FractalMemoryModel(AnomalyNetwork):
 
         Args:
             features: The teacher's, (B, C_i, H_i, W_i) for each level.
-            hidden: Items that are passed over, boolean (B, N). Left out, none are.
+            hidden: Items that are passed over, boolean (B, N, S). Left out, none are.
 
         Returns:
-            Whitened residual to the nearest item, (B, C, H, W) with C the sum of C_i, and its root mean square over
-            channels (B, 1, H, W).
+            Whitened residual to each level's nearest item, (B, C, H, W) with C the sum of C_i, and the distance, the
+            sum of its root mean square over each level's channels, (B, 1, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
             query = self.descriptor(features)
             residual = query - self.memory(query, hidden)
-            return residual, residual.square().mean(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
+            return residual, self.memory.length(residual)
