@@ -182,7 +182,12 @@ def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("file", "count"),
-    [("benchmark.yaml", 24), ("benchmark_mobilenet.yaml", 72), ("benchmark_magnetic_tile.yaml", 15)],
+    [
+        ("benchmark.yaml", 24),
+        ("benchmark_mobilenet.yaml", 72),
+        ("benchmark_magnetic_tile.yaml", 15),
+        ("benchmark_lite0.yaml", 64),
+    ],
 )
 def test_the_config_files_are_valid(file: str, count: int) -> None:
     config = yaml.safe_load((CONFIGS / file).read_text())

@@ -48,6 +48,8 @@ def test_training_speed(capsys: pytest.CaptureFixture[str]) -> None:
         "step of stage 2_s",
         "anomalies in a step of stage 1_s",
         "anomalies' share of a step of stage 1",
+        "step of stage 2, features kept_s",
+        "step of stage 2 / with features kept",
     }
     for name in ("FractalAD", "ADPS"):
         assert 0 < results[name]["anomalies in a step_s"] < results[name]["step_s"]

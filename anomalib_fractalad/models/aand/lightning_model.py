@@ -15,6 +15,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from anomalib_fractalad.models.components import (
 )
 from anomalib_fractalad.transforms.foreground import object_mask
 
+from .feature_store import FeatureStore
 from .loss import AmplificationLoss, GateLoss, HardDistillationLoss, PlainDistillationLoss
 from .stages import Stage
 from .student import PUBLISHED_STRIDES
@@ -70,6 +72,9 @@ class AAND(StagedTraining, AnomalibModule):
             most 1024, as published; few are much faster.
         fine_embedding: Let the student decode from an embedding as fine as the coarsest level, with as many values as
             the published one, which is half as fine. The student is then the package's small one for every backbone.
+        keep_features: Keep the amplified features of all images through stage II, so that the teacher looks at each
+            once: up to 1 GiB in memory, and the rest in a temporary folder. On a CPU only, and of no use with random
+            augmentations.
         learning_rate: Learning rate of Adam at the start of each stage. It falls to a fifth after 80 % of the stage and
             again after 90 %.
         epochs: Training length in epochs, both stages together, for callers that cannot set the trainer's, such as
@@ -93,6 +98,7 @@ class AAND(StagedTraining, AnomalibModule):
     """
 
     model: AANDModel
+    _store: FeatureStore | None = None
     architecture: ClassVar = {
         "backbone": str,
         "strides": list,
@@ -101,7 +107,7 @@ class AAND(StagedTraining, AnomalibModule):
         "split": lambda split: split[0] > 0,
     }
     training_only: ClassVar = frozenset(
-        {"learning_rate", "split", "hard_distillation", "anomaly_generator", "object_mode"}
+        {"learning_rate", "split", "hard_distillation", "anomaly_generator", "object_mode", "keep_features"}
     )
 
     def __init__(
@@ -120,6 +126,7 @@ class AAND(StagedTraining, AnomalibModule):
         alignment: Alignment = "corners",
         amplifier_width: int | None = None,
         fine_embedding: bool = False,
+        keep_features: bool = False,
         learning_rate: float = 0.005,
         epochs: int | None = None,
         roi: str | Path | None = None,
@@ -138,7 +145,7 @@ class AAND(StagedTraining, AnomalibModule):
         weights, roi = recorded(weights, roi)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         self.epochs, self.learning_rate, self.split = epochs, learning_rate, split
-        self.generator, self.object_mode = generator, object_mode
+        self.generator, self.object_mode, self.keep_features = generator, object_mode, keep_features
         self.model = AANDModel(
             backbone,
             pre_trained,
@@ -165,6 +172,38 @@ class AAND(StagedTraining, AnomalibModule):
         super().on_fit_start()
         if self.model.amplifiers:
             self.generator.prepare()
+
+    def on_train_start(self) -> None:
+        """Make room for features that are kept."""
+        super().on_train_start()
+        if not self.keep_features:
+            return
+        if self.device.type == "cpu":
+            self._store = FeatureStore(self.model.advanced_teacher)
+        else:
+            rank_zero_info(f"keep_features has no effect on {self.device.type}, where computing features is quicker")
+
+    def on_train_epoch_end(self) -> None:
+        """Count an epoch of the features that are kept."""
+        super().on_train_epoch_end()
+        if self._store is not None:
+            self._store.end_epoch()
+
+    def on_train_end(self) -> None:
+        """Forget the features that were kept."""
+        super().on_train_end()
+        self._forget_features()
+
+    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
+        """Leave out of an export what a training that was broken off has left."""
+        super().before_export(input_size)
+        if self._trainer is None or not self.trainer.training:
+            self._forget_features()
+
+    def _forget_features(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        self._store = None
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Take a step of the stage that training has come to.
@@ -198,7 +237,7 @@ class AAND(StagedTraining, AnomalibModule):
 
     def _distill(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            teacher = self.model.advanced_teacher(images)
+            teacher = (self._store or self.model.advanced_teacher)(images)
         return {"distillation": self.distillation_loss(teacher, self.model.student(teacher))}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
