@@ -70,7 +70,8 @@ def inference_speed(
     """
     arguments, sizes = arguments or {}, sizes or {}
     _check(models, runtimes, {"memory_items": memory_items, "image_size": image_size, **sizes}, arguments, sizes)
-    with quiet("anomalib", "nncf", "torch.onnx"), cpu_threads(threads), TemporaryDirectory() as folder:
+    loggers = ("anomalib", "anomalib_fractalad", "lightning.pytorch", "nncf", "torch.onnx")
+    with quiet(*loggers), cpu_threads(threads), TemporaryDirectory() as folder:
         timed, flops = _prepare(backbone, models, runtimes, arguments, memory_items, sizes, image_size, threads, folder)
         seconds = _interleaved(timed, repetitions, time.process_time if cpu_time else time.perf_counter)
     medians = {key: statistics.median(times) for key, times in seconds.items()}
