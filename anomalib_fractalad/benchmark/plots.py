@@ -138,10 +138,11 @@ def _ranking(quality: dict[str, float]) -> str:
     highest = max(quality.values())
     leaders = [model for model, value in quality.items() if value > highest - LEVEL]
     if len(leaders) == 1:
-        return f"{leaders[0]} has the best image AUROC, {highest:.2f}"
+        return f"{leaders[0]} has the best image AUROC, {highest:.3f}"
     named = f"{', '.join(leaders[:-1])} and {leaders[-1]}"
     who = named if len(leaders) <= NAMED else f"{len(leaders)} of {len(quality)} models"
-    return f"{who} are level in image AUROC, at about {highest:.2f}"
+    lowest = min(quality[model] for model in leaders)
+    return f"{who} are level in image AUROC, {lowest:.3f} to {highest:.3f}"
 
 
 def _limit(set_limits: Any, values: Any) -> None:

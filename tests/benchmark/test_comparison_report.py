@@ -263,7 +263,7 @@ def test_the_plot_of_latency_says_who_is_best_and_who_is_fastest() -> None:
     figure = plot_latency(RESULTS)
     assert figure is not None
     (axes,) = figure.axes
-    assert axes.get_title(loc="left") == "two has the best image AUROC, 0.96\none answers fastest, in 10 ms"
+    assert axes.get_title(loc="left") == "two has the best image AUROC, 0.965\none answers fastest, in 10 ms"
     expected = {"one, OpenVINO INT8": [10, 0.9], "two, torch": [20, 0.965], "three, torch": [300, 0.7]}
     assert drawn(axes) == {label: pytest.approx(point) for label, point in expected.items()}
 
@@ -272,7 +272,7 @@ def test_the_plot_of_fit_time_shows_means_and_the_range_over_seeds() -> None:
     figure = plot_fit_time(RESULTS)
     assert figure is not None
     (axes,) = figure.axes
-    title = "one and two are level in image AUROC, at about 0.97\none is fastest to train, in 20 s"
+    title = "one and two are level in image AUROC, 0.965 to 0.970\none is fastest to train, in 20 s"
     assert axes.get_title(loc="left") == title
     assert drawn(axes)["one"] == pytest.approx([20, 0.97])
     assert axes.lines[0].get_ydata() == pytest.approx([0.96, 0.98])
@@ -304,4 +304,4 @@ def test_models_are_told_apart_in_gray() -> None:
     grays = sorted(np.dot(model.get_facecolor()[0][:3], [0.299, 0.587, 0.114]) for model in points)
     assert np.diff(grays).min() > 0.08
     assert len({model.get_paths()[0].vertices.tobytes() for model in points}) == 6
-    assert figure.axes[0].get_title(loc="left").startswith("6 of 6 models are level in image AUROC, at about 0.90")
+    assert figure.axes[0].get_title(loc="left").startswith("6 of 6 models are level in image AUROC, 0.900 to 0.900")

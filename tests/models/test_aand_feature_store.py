@@ -33,7 +33,7 @@ class Counter:
 def test_features_are_computed_once_wherever_they_lie(memory: int) -> None:
     compute, images = Counter(), torch.rand(5, 3, 4, 4)
     store = FeatureStore(compute, memory)
-    for rows in ([0, 1], [1, 2, 3], [4, 0], [3, 2, 1]):
+    for rows in ([0, 0, 1], [1, 2, 3], [4, 0], [3, 2, 1, 2]):
         for found, expected in zip(store(images[rows]), Counter()(images[rows]), strict=True):
             assert torch.equal(found, expected)
     assert compute.images == 5
@@ -67,14 +67,15 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
 def test_images_that_never_come_again_are_not_kept(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    store = FeatureStore(Counter())
+    store = FeatureStore(Counter(), memory=0)
+    folder = Path(store._folder.name)
     store.end_epoch()  # one of stage I
     for epoch in range(2):
         assert not any("No image came twice" in record.message for record in caplog.records), epoch
         store(torch.rand(2, 3, 4, 4))
         store.end_epoch()
     assert any("No image came twice" in record.message for record in caplog.records)
-    assert not store._held
+    assert not folder.exists()
 
 
 @pytest.mark.slow
@@ -105,5 +106,5 @@ def test_a_training_that_keeps_features_is_the_same_and_looks_at_each_image_once
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=1e-4)
     assert looks[0] == 16  # two epochs of stage II
-    assert looks[1] == 8 if not augmented else looks[1] >= 8
+    assert 8 < looks[1] <= 16 if augmented else looks[1] == 8
     assert not list(tmp_path.glob("features-*"))

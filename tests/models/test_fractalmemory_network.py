@@ -99,8 +99,8 @@ def test_normal_places_that_are_all_alike_are_no_fault(images: int) -> None:
     torch.testing.assert_close(scales, torch.full((3,), 1 / (3 * SMALLEST_DISTANCE)))
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("nan"), 1.0)])
-def test_wrong_level_weights_are_named(weights: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("nan"), 1.0)])
+def test_wrong_level_weights_are_named(weights: tuple[float, ...] | None) -> None:
     with pytest.raises(ValueError, match="level_weights"):
         check_level_weights(weights)
     check_level_weights((4.0, 2.0, 1.0))
@@ -264,9 +264,11 @@ def teacher(images: torch.Tensor) -> list[torch.Tensor]:
     return [F.avg_pool2d(images, stride).repeat(1, 3, 1, 1)[:, :8] for stride in (4, 8, 16)]
 
 
-def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(dtype: torch.dtype) -> None:
     images, owner = torch.rand(6, 3, 32, 48), torch.tensor([5, 5, 3, 2, 1, 0])
     network = SimpleNamespace(memory=FeatureMemory(30, [8, 8, 8]), descriptor=Descriptor([8, 8, 8]))
+    network.memory.to(dtype), network.descriptor.to(dtype)
     gathering = Gathering([8, 8, 8], 1000, torch.device("cpu"))
     for part in (slice(0, 4), slice(4, 6)):
         gathering.add(teacher, images[part], owner[part])

@@ -21,15 +21,16 @@ class FeatureStore:
     """Computes features of images, or has them from before.
 
     Images are known by their content, so an augmented image is another image. Features lie in memory, and beyond 1 GiB
-    in a temporary folder, for which at most a quarter of the free disk is used. What has no room is computed again.
+    in a temporary folder, for which each process uses at most a quarter of what is free there. What has no room is
+    computed again. Where temporary folders lie in memory, TMPDIR names another place.
 
     Args:
         compute: Gives features of images (B, 3, H, W), each (B, ...).
         memory: Bytes of features that are held in memory.
 
     Attributes:
-        hits: Images of this epoch whose features were there.
-        misses: Images of this epoch whose features were not.
+        hits: Different images of this epoch's batches whose features were there.
+        misses: Different images of this epoch's batches whose features were not.
     """
 
     def __init__(self, compute: Callable[[Tensor], list[Tensor]], memory: int = MEMORY) -> None:
@@ -55,16 +56,16 @@ class FeatureStore:
         if self._given_up:
             return self._compute(images)
         keys = [blake2b(image.contiguous().view(torch.uint8).numpy(), digest_size=16).digest() for image in images]
-        found = {row: features for row, key in enumerate(keys) if (features := self._find(key)) is not None}
-        missing = [row for row in range(len(images)) if row not in found]
+        found = {key: features for key in set(keys) if (features := self._find(key)) is not None}
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
         self.hits += len(found)
         self.misses += len(missing)
         if missing:
-            computed = self._compute(images[missing])
-            for position, row in enumerate(missing):
-                found[row] = [level[position : position + 1].clone() for level in computed]
-                self._keep(keys[row], found[row])
-        return [torch.cat(level) for level in zip(*(found[row] for row in range(len(images))), strict=True)]
+            computed = self._compute(images[list(missing.values())])
+            for position, key in enumerate(missing):
+                found[key] = [level[position : position + 1].clone() for level in computed]
+                self._keep(key, found[key])
+        return [torch.cat(level) for level in zip(*(found[key] for key in keys), strict=True)]
 
     def end_epoch(self) -> None:
         """Keep nothing any more after two epochs in which no image came again."""
@@ -81,7 +82,7 @@ class FeatureStore:
         self._folder.cleanup()
 
     def _find(self, key: bytes) -> list[Tensor] | None:
-        if key in self._files:
+        if key in self._files and self._files[key].exists():  # temporary folders are swept
             loaded: list[Tensor] = torch.load(self._files[key], weights_only=True)
             return loaded
         return self._held.get(key)
@@ -93,11 +94,12 @@ class FeatureStore:
             self._held[key] = features
         elif size <= self._disk_left:
             self._disk_left -= size
-            file = Path(self._folder.name) / f"{len(self._files)}.pt"
+            file = Path(self._folder.name) / f"{key.hex()}.pt"
             try:
                 torch.save(features, file)
             except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
                 logger.warning("No more features are kept in %s: %s", self._folder.name, error)
+                file.unlink(missing_ok=True)
                 self._disk_left = 0
             else:
                 self._files[key] = file

@@ -8,7 +8,7 @@ SOFTNESS = 4.0  # logits well beyond count no more
 
 
 class ResidualHead(nn.Module):
-    """A small segmentation network that sees the residual and its length, and never the features themselves.
+    """A small segmentation network that sees the residual and the distance, and never the features themselves.
 
     Args:
         channels: Channels of the residual.

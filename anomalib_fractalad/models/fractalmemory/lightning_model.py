@@ -41,7 +41,7 @@ GRADIENT_NORM = 1.0
 
 
 class FractalMemory(OneClassModule, AnomalibModule):
-    """FractalMemory: the distance of whitened features from the nearest of a memory of normal ones.
+    """FractalMemory: the distances of whitened features from the nearest normal ones, level by level.
 
     It trains for one epoch, which gathers features, whatever the trainer's max_epochs is. A head that refines maps is
     an option; then the first epoch gathers, and all others train the head.

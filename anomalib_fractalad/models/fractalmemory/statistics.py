@@ -15,12 +15,12 @@ REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 LEVELS = 3
 PROJECTION = 64  # dimensions that distances between candidates are measured in
 COMPARED = 10_000  # candidates that tell how far normal places lie from the memory
-AT_ONCE = 1000
+COMPARISONS = 2_000_000  # at once
 RARE = 0.995  # the share of normal places that are nearer than what counts as rare
 SMALLEST_DISTANCE = 0.05  # of whitened descriptors; what never varies would otherwise drown all else
 
 
-def check_level_weights(level_weights: Sequence[float]) -> None:
+def check_level_weights(level_weights: Sequence[float] | None) -> None:
     """Refuse weights that are not three finite numbers above zero.
 
     Args:
@@ -29,7 +29,7 @@ def check_level_weights(level_weights: Sequence[float]) -> None:
     Raises:
         ValueError: If they are not.
     """
-    if len(level_weights) != LEVELS:
+    if level_weights is None or len(level_weights) != LEVELS:
         msg = f"level_weights is {level_weights!r}; it must hold {LEVELS} numbers, for strides 4, 8 and 16"
         raise ValueError(msg)
     check_positive(**{f"level_weights[{i}]": weight for i, weight in enumerate(level_weights)})
@@ -264,11 +264,11 @@ def fill_memory(
     chosen = [farthest_points(level, count) for level in levels]
     items = torch.cat([level[rows] for level, rows in zip(levels, chosen, strict=True)], dim=1)
     memory.fill(items, torch.stack([owners[rows] for rows in chosen], dim=1))
-    scales = level_scales(memory, candidates, owners, level_weights)
+    scales = level_scales(memory, candidates.to(memory.items), owners.to(memory.items.device), level_weights)
     scales = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
     memory.items *= scales
-    descriptor.whiten *= scales.unsqueeze(1)
-    descriptor.shift *= scales
+    descriptor.whiten *= scales.to(descriptor.whiten).unsqueeze(1)
+    descriptor.shift *= scales.to(descriptor.shift)
 
 
 def level_scales(
@@ -277,7 +277,8 @@ def level_scales(
     """Factors that make the levels' distances comparable.
 
     A level's distance is divided by its range over normal places, from the median to the 99.5 % quantile. All are
-    multiplied so that the sum of the medians is 1. The places are compared with a memory without their own image.
+    multiplied so that the sum of the medians is 1. The places are compared with a memory without their own image, or,
+    if there is no other, with all of it.
 
     Args:
         memory: The memory, filled.
@@ -290,14 +291,14 @@ def level_scales(
     """
     rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
     distances = []
-    for part in torch.split(rows, AT_ONCE):
+    for part in torch.split(rows, max(COMPARISONS // len(memory.items), 1)):
         query = candidates[part][..., None, None]
         residual = query - memory(query, memory.own(owners[part]))
         levels = torch.split(residual.flatten(1), memory.channels, dim=1)
         distances.append(torch.stack([level.square().mean(dim=1).sqrt() for level in levels]))
     distance = torch.cat(distances, dim=1)
     usual, rare = (torch.quantile(distance, share, dim=1).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
-    scales = torch.tensor(level_weights, device=distance.device) / (rare - usual).clamp(min=SMALLEST_DISTANCE)
+    scales = distance.new_tensor(level_weights) / (rare - usual).clamp(min=SMALLEST_DISTANCE)
     return scales / (scales * usual).sum()
 
 

@@ -28,7 +28,7 @@ STRIDES = (4, 8, 16)
 
 
 class FractalMemoryModel(AnomalyNetwork):
-    """Distance to the nearest normal feature, and a segmentation of the difference from it.
+    """Distances to the nearest normal features, and a segmentation of the difference from it.
 
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
@@ -128,7 +128,7 @@ class FractalMemoryModel(AnomalyNetwork):
         return cast("ResidualHead", self.head)
 
     def distance(self, features: Sequence[Tensor]) -> Tensor:
-        """Measure the distance from the memory, in full precision; the same as :meth:`compare`'s.
+        """Measure the distance from the memory, without autocast; the same as :meth:`compare`'s.
 
         Args:
             features: The teacher's, (B, C_i, H_i, W_i) for each level.
@@ -140,7 +140,7 @@ class FractalMemoryModel(AnomalyNetwork):
             return self.memory.distance(self.descriptor(features))
 
     def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compare features with the memory, in full precision.
+        """Compare features with the memory, without autocast.
 
         Args:
             features: The teacher's, (B, C_i, H_i, W_i) for each level.
