@@ -218,14 +218,19 @@ def fractalmemory_loss(step: Step, generator: Any) -> Tensor:
     owners = torch.cat([owners, owners[chosen]])
     mask = torch.cat([mask, torch.zeros(len(chosen), *mask.shape[1:])])
     share = 16 ** -torch.rand(len(owners))
-    passed = torch.rand(len(owners), len(network.memory.owners)) >= share[:, None]
-    passed |= network.memory.owners == owners[:, None]
+    passed = torch.rand(len(owners), *network.memory.owners.shape) >= share[:, None, None]
+    passed |= network.memory.owners == owners[:, None, None]
     with torch.no_grad():
         query = network.descriptor(network.teacher(torch.cat([anomalous, normal[chosen]]))).movedim(1, -1)
-        far = torch.cdist(query.flatten(1, 2), network.memory.items.expand(len(query), -1, -1))
-        nearest = far.masked_fill(passed[:, None], torch.inf).argmin(dim=-1)
-        residual = (query - network.memory.items[nearest].view_as(query)).movedim(-1, 1)
-        far = residual.square().mean(dim=1, keepdim=True).sqrt()
+        residuals, lengths, first = [], [], 0
+        for level, channels in enumerate(network.teacher.channels):
+            places, items = (rows[..., first : first + channels] for rows in (query, network.memory.items))
+            distance = torch.cdist(places.flatten(1, 2), items.expand(len(query), -1, -1))
+            nearest = distance.masked_fill(passed[:, None, :, level], torch.inf).argmin(dim=-1)
+            residuals.append((places - items[nearest].view_as(places)).movedim(-1, 1))
+            lengths.append(residuals[-1].square().mean(dim=1, keepdim=True).sqrt())
+            first += channels
+        residual, far = torch.cat(residuals, dim=1), torch.stack(lengths).sum(dim=0)
     mask = F.adaptive_avg_pool2d(mask.float(), [2 * side for side in far.shape[-2:]])
     flipped = [axis for axis in (3, 2) if torch.rand(()) < 0.5]
     residual, far, mask = (maps.flip(flipped) for maps in (residual, far, mask))
