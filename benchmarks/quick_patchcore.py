@@ -11,30 +11,8 @@ from typing import Any
 
 import torch
 from anomalib.models import Patchcore
-from torch import Tensor
 
-
-def choose(features: Tensor, count: int) -> Tensor:
-    """Choose items farthest point first, from a random one on.
-
-    Args:
-        features: (n, C).
-        count: Number of items, at most n.
-
-    Returns:
-        Their indices, (count,).
-    """
-    squares = features.square().sum(dim=1)
-    nearest = torch.full_like(squares, torch.inf)
-    chosen = torch.empty(count, dtype=torch.long)
-    item = torch.randint(len(features), ()).item()
-    for position in range(count):
-        chosen[position] = item
-        distance = torch.addmv(squares + squares[item], features, features[item], alpha=-2)
-        nearest = torch.minimum(nearest, distance)
-        nearest[item] = -torch.inf
-        item = nearest.argmax()
-    return chosen
+from anomalib_fractalad.models.fractalmemory.statistics import farthest_from
 
 
 class QuickPatchcore(Patchcore):
@@ -53,4 +31,5 @@ class QuickPatchcore(Patchcore):
         """Choose the memory from the features of all training images."""
         features = torch.vstack(self.model.embedding_store)
         self.model.embedding_store.clear()
-        self.model.memory_bank = features[choose(features, min(self.items, len(features)))]
+        first = torch.randint(len(features), ())
+        self.model.memory_bank = features[farthest_from(first, features, min(self.items, len(features)))]

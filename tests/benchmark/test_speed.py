@@ -19,7 +19,7 @@ from generator_speed import generator_speed
 from image_size import image_size
 from inference_speed import inference_speed
 from loading_speed import loading_speed
-from quick_patchcore import QuickPatchcore, choose
+from quick_patchcore import QuickPatchcore
 from training_speed import _keep_gradients, _make, training_speed
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
@@ -161,7 +161,11 @@ def test_quick_patchcore_chooses_as_anomalib() -> None:
     # three dimensions are not projected
     expected = KCenterGreedy(embedding=features[..., None], sampling_ratio=0.5).select_coreset_idxs()
     torch.manual_seed(0)
-    assert choose(features, 30).tolist() == expected
+    model = QuickPatchcore(items=30, backbone="resnet18", layers=["layer1"], pre_trained=False)
+    model.model.embedding_store.append(features)
+    torch.manual_seed(0)
+    model.fit()
+    assert torch.equal(model.model.memory_bank, features[expected])
 
 
 def test_quick_patchcore_keeps_so_many_items() -> None:

@@ -166,7 +166,7 @@ class FeatureMemory(nn.Module):
             _compare(level, items).amin(dim=1, keepdim=True) + level.square().sum(dim=1, keepdim=True)
             for level, items in self._levels(query)
         ]
-        return self._join(squares)
+        return self._roots(squares).sum(dim=1, keepdim=True)
 
     def length(self, residual: Tensor) -> Tensor:
         """Measure differences from nearest items.
@@ -175,9 +175,20 @@ class FeatureMemory(nn.Module):
             residual: (B, C, H, W).
 
         Returns:
-            Root mean square over each level's channels, summed over levels, (B, 1, H, W).
+            The sum of :meth:`lengths` over levels, (B, 1, H, W).
         """
-        return self._join([level.square().sum(dim=1, keepdim=True) for level in self._split(residual)])
+        return self.lengths(residual).sum(dim=1, keepdim=True)
+
+    def lengths(self, residual: Tensor) -> Tensor:
+        """Measure differences from nearest items, level by level.
+
+        Args:
+            residual: (B, C, H, W).
+
+        Returns:
+            Root mean square over each level's channels, (B, S, H, W).
+        """
+        return self._roots([level.square().sum(dim=1, keepdim=True) for level in self._split(residual)])
 
     def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
         return torch.split(maps, self.channels, dim=1)
@@ -186,9 +197,9 @@ class FeatureMemory(nn.Module):
         """Each level's part of a query, and its items."""
         return list(zip(self._split(query), self._split(self.items), strict=True))
 
-    def _join(self, squares: Sequence[Tensor]) -> Tensor:
+    def _roots(self, squares: Sequence[Tensor]) -> Tensor:
         means = [square / channels for square, channels in zip(squares, self.channels, strict=True)]
-        return torch.cat([mean.clamp(min=1e-12).sqrt() for mean in means], dim=1).sum(dim=1, keepdim=True)
+        return torch.cat([mean.clamp(min=1e-12).sqrt() for mean in means], dim=1)
 
 
 def _compare(query: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -267,8 +267,8 @@ def fill_memory(
     scales = level_scales(memory, candidates.to(memory.items), owners.to(memory.items.device), level_weights)
     scales = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
     memory.items *= scales
-    descriptor.whiten *= scales.to(descriptor.whiten).unsqueeze(1)
-    descriptor.shift *= scales.to(descriptor.shift)
+    descriptor.whiten *= scales.unsqueeze(1)
+    descriptor.shift *= scales
 
 
 def level_scales(
@@ -293,11 +293,9 @@ def level_scales(
     distances = []
     for part in torch.split(rows, max(COMPARISONS // len(memory.items), 1)):
         query = candidates[part][..., None, None]
-        residual = query - memory(query, memory.own(owners[part]))
-        levels = torch.split(residual.flatten(1), memory.channels, dim=1)
-        distances.append(torch.stack([level.square().mean(dim=1).sqrt() for level in levels]))
-    distance = torch.cat(distances, dim=1)
-    usual, rare = (torch.quantile(distance, share, dim=1).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
+        distances.append(memory.lengths(query - memory(query, memory.own(owners[part]))).flatten(1))
+    distance = torch.cat(distances)
+    usual, rare = (torch.quantile(distance, share, dim=0).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
     scales = distance.new_tensor(level_weights) / (rare - usual).clamp(min=SMALLEST_DISTANCE)
     return scales / (scales * usual).sum()
 
@@ -318,14 +316,29 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     if points.shape[1] > PROJECTION:
         projection = torch.randn(points.shape[1], PROJECTION, generator=generator) / PROJECTION**0.5
         points = points @ projection.to(points)
+    return farthest_from((points - points.mean(dim=0)).square().sum(dim=1).argmax(), points, count)
+
+
+def farthest_from(first: Tensor, points: Tensor, count: int) -> Tensor:
+    """Choose points, each farthest from all those before, without waiting for an accelerator.
+
+    Args:
+        first: Index of the first, ().
+        points: (n, C).
+        count: Number of points to choose, at most n.
+
+    Returns:
+        Indices of the chosen points, (count,).
+    """
     points = points.contiguous()
-    nearest = (points - points.mean(dim=0)).square().sum(dim=1)
     squares = points.square().sum(dim=1)
+    nearest = torch.full_like(squares, torch.inf)
     chosen = torch.empty(count, dtype=torch.int64, device=points.device)
+    latest = first
     for i in range(count):
-        latest = nearest.argmax()
         chosen[i] = latest
         distance = torch.addmv(squares + squares[latest], points, points[latest], alpha=-2)
-        distance[latest] = -1  # never again, whatever rounding says
-        nearest = distance if i == 0 else torch.minimum(nearest, distance)
+        nearest = torch.minimum(nearest, distance)
+        nearest[latest] = -torch.inf  # never again, whatever rounding says
+        latest = nearest.argmax()
     return chosen
