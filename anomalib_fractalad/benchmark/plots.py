@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -47,22 +47,12 @@ def plot_latency(results: pd.DataFrame) -> Figure | None:
             latency = _mean(group, f"{runtime}/latency_ms")
             quality = _mean(group, "image_AUROC" if runtime == "torch" else f"{runtime}/image_AUROC")
             if latency is not None and quality is not None:
-                measured[name] = (latency, quality)
+                measured[f"{model}, {name}"] = (latency, quality)
         if measured:
-            runtime = min(measured, key=lambda name: measured[name][0])
-            points[model] = (*measured[runtime], f"{model}, {runtime}")
-    if not points:
-        return None
-    figure, axes = _axes()
-    for place, (model, (latency, quality, label)) in enumerate(points.items()):
-        axes.scatter(latency, quality, **_style(results, model), s=70, zorder=3 + place, label=label)
-    first = min(points, key=lambda model: points[model][0])
-    title = _ranking({model: quality for model, (_, quality, _) in points.items()})
-    _finish(axes, f"{title}\n{first} answers fastest, in {points[first][0]:.3g} ms")
-    _scale(axes, "latency of one image, ms", [latency for latency, *_ in points.values()])
-    _limit(axes.set_ylim, [quality for _, quality, _ in points.values()])
-    axes.set_ylabel("image AUROC")
-    return figure
+            label = min(measured, key=lambda label: measured[label][0])
+            latency, quality = measured[label]
+            points[model] = _Point(label, latency, quality, quality, quality)
+    return _plot_quality(results, points, "latency of one image, ms", "answers fastest, in {:.3g} ms")
 
 
 def plot_fit_time(results: pd.DataFrame) -> Figure | None:
@@ -78,20 +68,9 @@ def plot_fit_time(results: pd.DataFrame) -> Figure | None:
     for model, group in results.groupby("model", sort=False):
         seconds, quality = _mean(group, "fit_seconds"), _mean(group, "image_AUROC")
         if seconds is not None and quality is not None:
-            points[model] = (seconds, quality, group["image_AUROC"].min(), group["image_AUROC"].max())
-    if not points:
-        return None
-    figure, axes = _axes()
-    for place, (model, (seconds, quality, low, high)) in enumerate(points.items()):
-        axes.plot([seconds, seconds], [low, high], color="gray", zorder=2)
-        axes.scatter(seconds, quality, **_style(results, model), s=70, zorder=3 + place, label=model)
-    first = min(points, key=lambda model: points[model][0])
-    title = _ranking({model: quality for model, (_, quality, *_) in points.items()})
-    _finish(axes, f"{title}\n{first} is fastest to train, in {points[first][0]:.3g} s")
-    _scale(axes, "fit time, s", [seconds for seconds, *_ in points.values()])
-    _limit(axes.set_ylim, [low for *_, low, _ in points.values()])
-    axes.set_ylabel("image AUROC")
-    return figure
+            low, high = group["image_AUROC"].min(), group["image_AUROC"].max()
+            points[model] = _Point(str(model), seconds, quality, low, high)
+    return _plot_quality(results, points, "fit time, s", "is fastest to train, in {:.3g} s")
 
 
 def plot_defects(results: pd.DataFrame) -> Figure | None:
@@ -117,6 +96,33 @@ def plot_defects(results: pd.DataFrame) -> Figure | None:
     _finish(axes, f"Hardest to find: {hardest}, with an image AUROC of {best.iloc[0]:.2f} at best")
     _limit(axes.set_xlim, means.min())
     axes.set_xlabel("image AUROC")
+    return figure
+
+
+class _Point(NamedTuple):
+    """A model's image AUROC, on average and over seeds, and what it costs."""
+
+    label: str
+    cost: float
+    quality: float
+    low: float
+    high: float
+
+
+def _plot_quality(results: pd.DataFrame, points: dict[str, _Point], cost: str, first: str) -> Figure | None:
+    if not points:
+        return None
+    figure, axes = _axes()
+    for place, (model, point) in enumerate(points.items()):
+        axes.plot([point.cost, point.cost], [point.low, point.high], color="gray", zorder=2)
+        style = _style(results, model)
+        axes.scatter(point.cost, point.quality, **style, s=70, zorder=3 + place, label=point.label)
+    cheapest = min(points, key=lambda model: points[model].cost)
+    title = _ranking({model: point.quality for model, point in points.items()})
+    _finish(axes, f"{title}\n{cheapest} {first.format(points[cheapest].cost)}")
+    _scale(axes, cost, [point.cost for point in points.values()])
+    _limit(axes.set_ylim, [point.low for point in points.values()])
+    axes.set_ylabel("image AUROC")
     return figure
 
 
