@@ -241,7 +241,7 @@ def _data(entry: DataEntry, place: str) -> tuple[str, dict[str, Any]]:
 
 def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, dict[str, Any]]:
     """The class of an entry and the entry with all of its arguments, defaults included."""
-    from jsonargparse import ArgumentError, ArgumentParser  # noqa: PLC0415
+    from jsonargparse import ArgumentError  # noqa: PLC0415
 
     class_path = entry.get("class_path")
     if not class_path:
@@ -253,11 +253,8 @@ def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, 
         )
         msg = f"{place}: {namespace.__name__} has no {class_path!r}; it has {', '.join(known)}"
         raise ValueError(msg)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "entry", required=True)
     try:
-        described = {"class_path": class_path, "init_args": deepcopy(entry.get("init_args", {}))}
-        config = parser.parse_object({"entry": described})
+        _, config = parse_entry(base, {"class_path": class_path, "init_args": entry.get("init_args", {})})
     except ArgumentError as error:
         msg = f"{place}: {error}"
         raise ValueError(msg) from None
@@ -267,6 +264,23 @@ def _resolve(base: type, namespace: Any, entry: Any, place: str) -> tuple[type, 
     resolved = {"class_path": spec["class_path"], "init_args": spec.get("init_args", {})}
     own_code = source_digest(found)
     return found, resolved if own_code is None else {**resolved, "code": own_code}
+
+
+def parse_entry(base: type, entry: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A parser for an entry and what it makes of it.
+
+    Args:
+        base: A class that the entry's is derived from.
+        entry: Its class_path and init_args, which stay as they are.
+
+    Raises:
+        jsonargparse.ArgumentError: If the class or an argument is unknown or of another type.
+    """
+    from jsonargparse import ArgumentParser  # noqa: PLC0415
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "entry", required=True)
+    return parser, parser.parse_object({"entry": deepcopy(dict(entry))})  # jsonargparse writes into lists
 
 
 def _as_plain_data(value: Any) -> Any:

@@ -7,7 +7,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
-from jsonargparse import ArgumentParser
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_fractalad.benchmark.config import import_class
+from anomalib_fractalad.benchmark.config import import_class, parse_entry
 from anomalib_fractalad.training.checkpoint_io import AtomicCheckpointIO
 from anomalib_fractalad.training.epoch_checkpoint import every_epoch
 
@@ -77,10 +75,8 @@ def build(spec: dict[str, Any], root: Path) -> tuple[AnomalibModule, AnomalibDat
 
 
 def _instantiate(base: type, entry: dict[str, Any]) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "entry", required=True)
-    described = deepcopy({name: entry[name] for name in ("class_path", "init_args")})  # jsonargparse writes into lists
-    return parser.instantiate_classes(parser.parse_object({"entry": described})).entry
+    parser, config = parse_entry(base, {name: entry[name] for name in ("class_path", "init_args")})
+    return parser.instantiate_classes(config).entry
 
 
 def inputs(spec: dict[str, Any], datamodule: AnomalibDataModule) -> Iterator[Path]:
