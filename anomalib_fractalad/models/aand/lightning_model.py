@@ -192,15 +192,11 @@ class AAND(StagedTraining, AnomalibModule):
     def on_train_end(self) -> None:
         """Forget the features that were kept."""
         super().on_train_end()
-        self._forget_features()
+        self.forget_training()
 
-    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
-        """Leave out of an export what a training that was broken off has left."""
-        super().before_export(input_size)
-        if self._trainer is None or not self.trainer.training:
-            self._forget_features()
-
-    def _forget_features(self) -> None:
+    def forget_training(self) -> None:
+        """Drop the features that were kept."""
+        super().forget_training()
         if self._store is not None:
             self._store.close()
         self._store = None

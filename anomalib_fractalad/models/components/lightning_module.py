@@ -57,6 +57,15 @@ class OneClassModule(TrainingCheck, TiledModule, RegionModule, CheckpointArgumen
         """Refuse a data module that lacks masks, before it is set up."""
         check_mask_folders(getattr(self.trainer, "datamodule", None))
 
+    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
+        """Leave out of an export what only a training needs."""
+        super().before_export(input_size)
+        if self._trainer is None or not self.trainer.training:
+            self.forget_training()
+
+    def forget_training(self) -> None:
+        """Drop what only a training needs."""
+
     def log_losses(self, loss: Tensor, parts: Mapping[str, Tensor], batch: ImageBatch) -> Tensor:
         """Log a loss and its parts, scalars, of a batch of images; gives the loss."""
         self.loss_parts = {name: part.detach() for name, part in parts.items()}

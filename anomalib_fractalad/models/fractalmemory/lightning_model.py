@@ -308,11 +308,10 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self._gathered_states = tuple(checkpoint.get("gathered", ()))
         self.plan = StagePlan(**checkpoint.get("stage_plan", {"gathering": 0, "head": 0}))
 
-    def before_export(self, input_size: tuple[int, int] | None = None) -> None:
-        """Leave out of an export what only a training needs, images among it."""
-        super().before_export(input_size)
-        if self._trainer is None or not self.trainer.training:
-            self._gathering, self._calibration, self._gathered_states = None, None, ()
+    def forget_training(self) -> None:
+        """Drop what was gathered, images among it."""
+        super().forget_training()
+        self._gathering, self._calibration, self._gathered_states = None, None, ()
 
     def apply_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Change arguments of a model that exists; see the base class."""
