@@ -36,9 +36,10 @@ def object_mask(
     Returns:
         Boolean masks ``(B, 1, H, W)``, true on the object.
     """
+    # Of other strides, the last digits differ, which in bfloat16 is a level or two, and with them what is rounded.
+    images = images.float().contiguous()
     gray = rgb_to_grayscale(images) if images.shape[1] == 3 else images
-    # Of other strides, the last digits differ, and with them what is rounded.
-    gray = interpolate(gray.float().contiguous(), (size, size), mode="bilinear", align_corners=False)
+    gray = interpolate(gray, (size, size), mode="bilinear", align_corners=False)
     levels = _box_filter((255 * gray).round(), kernel_size, "reflect").round()
     background = levels[..., :corner, :corner].mean(dim=(-2, -1), keepdim=True).floor()
     is_object = torch.where(background > 128, levels <= background - darker, levels > background + brighter)
