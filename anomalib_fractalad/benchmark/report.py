@@ -26,6 +26,7 @@ QUALITY = {
     "image_F1Max": "image F1-max",
     "pixel_AUROC": "pixel AUROC",
     "pixel_AUPR": "pixel AP",
+    "pixel_F1Max": "pixel F1-max",
     "pixel_AUPRO": "AUPRO",
 }
 COST = {

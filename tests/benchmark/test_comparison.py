@@ -107,7 +107,8 @@ def test_every_job_has_a_row(results: pd.DataFrame) -> None:
 
 def test_what_is_measured(results: pd.DataFrame) -> None:
     done = results[results.status == "done"]
-    for metric in ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPR", "pixel_AUPRO"):
+    image = ("image_AUROC", "image_AUPR", "image_F1Max")
+    for metric in (*image, "pixel_AUROC", "pixel_AUPR", "pixel_F1Max", "pixel_AUPRO"):
         assert done[metric].between(0, 1).all(), metric
     for runtime in RUNTIMES:
         for figure in ("file_mb", "latency_ms", "latency_90_ms", "images_per_second"):
@@ -375,13 +376,18 @@ def test_metrics_agree_with_scikit_learn(tmp_path: Path) -> None:
         )
         collector.on_test_batch_end(None, None, None, batch, 0)  # type: ignore[arg-type]
     found = collector.quality()
-    precision, recall, _ = precision_recall_curve(labels, scores)
+
+    def best_f1(truth: torch.Tensor, predictions: torch.Tensor) -> float:
+        precision, recall, _ = precision_recall_curve(truth.flatten(), predictions.flatten())
+        return float((2 * precision * recall / (precision + recall + 1e-12)).max())
+
     expected = {
         "image_AUROC": roc_auc_score(labels, scores),
         "image_AUPR": average_precision_score(labels, scores),
-        "image_F1Max": (2 * precision * recall / (precision + recall + 1e-12)).max(),
+        "image_F1Max": best_f1(labels, scores),
         "pixel_AUROC": roc_auc_score(masks.flatten(), maps.flatten()),
         "pixel_AUPR": average_precision_score(masks.flatten(), maps.flatten()),
+        "pixel_F1Max": best_f1(masks, maps),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert [score for *_, score in collector.scores] == pytest.approx(scores.tolist())
