@@ -14,7 +14,7 @@ from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemory
 from anomalib_fractalad.models.fractalmemory.gathering import MOST_HELD, Gathering
 from anomalib_fractalad.models.fractalmemory.head import BoundedGate, ResidualHead
 from anomalib_fractalad.models.fractalmemory.loss import SegmentationLoss
-from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory
+from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory, _nearest
 from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
 from anomalib_fractalad.models.fractalmemory.statistics import (
     REGULARIZATION,
@@ -188,6 +188,15 @@ def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself()
             others = level_items[owners[:, number] != owner]
             nearest = others[torch.cdist(rows[image].flatten(0, 1), others).argmin(1)]
             torch.testing.assert_close(others_found[image].movedim(0, -1).flatten(0, 1), nearest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_of_items_that_are_equally_near_the_first_is_taken(dtype: torch.dtype) -> None:
+    distance = torch.randint(0, 5, (3, 300, 4, 6)).to(dtype) - 2
+    distance[:, 0, 0] = -3  # the first and the last
+    distance[:, -1, 1] = -3
+    distance[0, 5:] = torch.inf
+    assert torch.equal(_nearest(distance).long(), distance.argmin(dim=1))
 
 
 def test_a_random_share_of_the_others_is_left() -> None:

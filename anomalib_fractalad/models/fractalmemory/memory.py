@@ -149,12 +149,12 @@ class FeatureMemory(nn.Module):
         """
         found = []
         for number, (level, items) in enumerate(self._levels(query)):
-            index = _compare(level, items, None if hidden is None else hidden[..., number]).argmin(dim=1)
+            index = _nearest(_compare(level, items, None if hidden is None else hidden[..., number]))
             found.append(F.embedding(index, items).permute(0, 3, 1, 2))
         return torch.cat(found, dim=1)
 
     def distance(self, query: Tensor) -> Tensor:
-        """Measure how far the nearest items are, without telling which they are: that takes longer than all the rest.
+        """Measure how far the nearest items are, without telling which they are, which takes longer.
 
         Args:
             query: (B, C, H, W).
@@ -208,3 +208,13 @@ def _compare(query: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tens
     if hidden is not None:
         distance.masked_fill_(hidden[..., None, None], torch.inf)
     return distance
+
+
+def _nearest(distance: Tensor) -> Tensor:
+    """Which of N items is nearest, the first of those that are, (B, H, W); ``distance`` is (B, N, H, W).
+
+    OpenVINO takes longer for an argmin than for all the rest. Integers keep the index whole in an inference in 16 bits.
+    """
+    number = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)[:, None, None]
+    is_nearest = distance == distance.amin(dim=1, keepdim=True)
+    return torch.where(is_nearest, number, distance.shape[1] - 1).amin(dim=1)
