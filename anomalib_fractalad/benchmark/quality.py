@@ -99,7 +99,8 @@ class ScoreCollector(Callback):
         if pixels:
             maps = torch.stack([image.anomaly_map for image in pixels if image.anomaly_map is not None])
             masks = torch.stack([image.mask for image in pixels if image.mask is not None])
-            found |= {f"pixel_{kind.__name__}": _compute(kind, _rescaled(maps), masks) for kind in (AUROC, AUPR, F1Max)}
+            rescaled = _rescaled(maps)
+            found |= {f"pixel_{kind.__name__}": _compute(kind, rescaled, masks) for kind in (AUROC, AUPR, F1Max)}
             found["pixel_AUPRO"] = _compute(AUPRO, maps, masks)
         return found
 
