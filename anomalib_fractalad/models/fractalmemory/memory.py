@@ -213,8 +213,9 @@ def _compare(query: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tens
 def _nearest(distance: Tensor) -> Tensor:
     """Which of N items is nearest, the first of those that are, (B, H, W); ``distance`` is (B, N, H, W).
 
-    OpenVINO takes longer for an argmin than for all the rest. Integers keep the index whole in an inference in 16 bits.
+    OpenVINO takes longer for an argmin than for all the rest, and twice as long for numbers of another rank than
+    ``distance``. Integers keep the index whole in an inference in 16 bits.
     """
-    number = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)[:, None, None]
+    number = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)[None, :, None, None]
     is_nearest = distance == distance.amin(dim=1, keepdim=True)
     return torch.where(is_nearest, number, distance.shape[1] - 1).amin(dim=1)
