@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 from torch.utils.benchmark import Timer
 from training_speed import training_speed
 
-from anomalib_fractalad.benchmark.surroundings import quiet
+from anomalib_fractalad.benchmark.surroundings import LIGHTNING, quiet
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.registration import MODELS
 
@@ -142,7 +142,7 @@ def _train(
         **length,
     )
     start = time.perf_counter()
-    with quiet("lightning.pytorch"):
+    with quiet(*LIGHTNING):
         engine.fit(model, datamodule=datamodule)
     seconds = time.perf_counter() - start
     (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)

@@ -25,7 +25,8 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
 from anomalib_fractalad.benchmark.exports import Inferencer, as_input, export, load, seconds_each
-from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
+from anomalib_fractalad.benchmark.surroundings import LIGHTNING, cpu_threads, quiet
+from anomalib_fractalad.export.memory import CHATTY
 from anomalib_fractalad.registration import MODELS
 
 NOISE = {"dtd_dir": Path(__file__).parent}  # a folder without images, in place of a download: anomalies come from noise
@@ -70,7 +71,7 @@ def inference_speed(
     """
     arguments, sizes = arguments or {}, sizes or {}
     _check(models, runtimes, {"memory_items": memory_items, "image_size": image_size, **sizes}, arguments, sizes)
-    loggers = ("anomalib", "anomalib_fractalad", "lightning.pytorch", "nncf", "torch.onnx")
+    loggers = ("anomalib", "anomalib_fractalad", *LIGHTNING, *CHATTY)
     with quiet(*loggers), cpu_threads(threads), TemporaryDirectory() as folder:
         timed, flops = _prepare(backbone, models, runtimes, arguments, memory_items, sizes, image_size, threads, folder)
         seconds = _interleaved(timed, repetitions, time.process_time if cpu_time else time.perf_counter)

@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 from training_speed import training_speed
 
-from anomalib_fractalad.benchmark.surroundings import quiet
+from anomalib_fractalad.benchmark.surroundings import LIGHTNING, quiet
 from anomalib_fractalad.data import SurfaceDefects
 
 
@@ -51,7 +51,7 @@ def loading_speed(
     """
     dataset = _training_images() if images is None else PredictDataset(images)
     items = [dataset[i] for i in range(len(dataset))]
-    with quiet("lightning.pytorch"):
+    with quiet(*LIGHTNING):
         rates = _reading_rates(dataset, items, workers, batch_size, epochs)
     step = training_speed(backbone, batch_size, image_size, steps, device, threads, models=("FractalAD",), memory=False)
     rates["training"] = batch_size / step["FractalAD"]["step_s"]

@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from anomalib_fractalad.benchmark.fit import peak_memory
-from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
+from anomalib_fractalad.benchmark.surroundings import LIGHTNING, cpu_threads, quiet
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
 from anomalib_fractalad.registration import MODELS
@@ -70,7 +70,7 @@ def training_speed(
     print(f"{device}, {threads} CPU thread(s), {precision}")
     results = {}
     for name in models:
-        with quiet("lightning.pytorch"), cpu_threads(threads):
+        with quiet(*LIGHTNING), cpu_threads(threads):
             where = (name, backbone, batch_size, image_size, steps, device, precision)
             results[name] = _time_model(*where)
             if name == "AAND" and device == "cpu":
@@ -194,7 +194,7 @@ def _fit(model: Any, images: Tensor, steps: int, device: str, precision: str, *c
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with quiet("lightning.pytorch"):
+    with quiet(*LIGHTNING):
         # One batch an epoch, so that AAND's stages get as many steps each.
         trainer.fit(model, DataLoader(cast("Any", [batch]), batch_size=None))
 

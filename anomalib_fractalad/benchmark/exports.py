@@ -74,7 +74,7 @@ def export(
     engine = Engine(default_root_dir=folder, accelerator="cpu")
     if runtime == "torch":
         return _exists(engine.export(model, ExportType.TORCH, folder, model_file_name=runtime), runtime)
-    arguments: dict[str, Any] = {"input_size": size, "onnx_kwargs": dict(ONE_IMAGE)}
+    arguments: dict[str, Any] = {"input_size": size, "onnx_kwargs": {**ONE_IMAGE, "verbose": False}}
     int8 = runtime == "openvino_int8"
     if int8 and isinstance(model, ExportModule) and isinstance(calibration, AnomalibDataModule):
         arguments |= {"compression_type": CompressionType.INT8_PTQ, "datamodule": calibration}
