@@ -409,6 +409,20 @@ def test_the_network_is_as_large_as_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("backbone", "channels"),
+    [("tf_efficientnet_lite2", [24, 48, 120]), ("convnext_tiny.dinov3_lvd1689m", [96, 192, 384])],
+)
+@torch.no_grad()
+def test_other_teachers_of_timm_do(backbone: str, channels: list[int]) -> None:
+    network = FractalMemoryModel(backbone, pre_trained=False, memory_size=30).eval()
+    assert network.teacher.channels == channels
+    network.memory.fill(torch.randn(30, sum(channels)), torch.zeros(30, 3))
+    prediction = network(torch.rand(1, 3, 64, 96))
+    assert prediction.anomaly_map.shape == (1, 1, 64, 96)
+    assert prediction.anomaly_map.std() > 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"memory_size": 0}, "memory_size is 0"),
