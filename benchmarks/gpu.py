@@ -23,9 +23,10 @@ from jsonargparse import auto_cli
 from torch.utils.benchmark import Timer
 from training_speed import training_speed
 
-from anomalib_fractalad.benchmark.surroundings import LIGHTNING, quiet
+from anomalib_fractalad.benchmark.surroundings import quiet
 from anomalib_fractalad.data import SurfaceDefects
 from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.training.loggers import LIGHTNING
 
 Figures = dict[str, float]
 MEMORY_ITEMS = 10_000  # of PatchCore

@@ -25,9 +25,10 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
 from anomalib_fractalad.benchmark.exports import Inferencer, as_input, export, load, seconds_each
-from anomalib_fractalad.benchmark.surroundings import LIGHTNING, cpu_threads, quiet
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.export.memory import CHATTY
 from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.training.loggers import LIGHTNING
 
 NOISE = {"dtd_dir": Path(__file__).parent}  # a folder without images, in place of a download: anomalies come from noise
 CALIBRATION_IMAGES = 2  # which ones, and how many, does not change the time

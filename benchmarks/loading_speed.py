@@ -15,8 +15,9 @@ from jsonargparse import auto_cli
 from torch.utils.data import DataLoader
 from training_speed import training_speed
 
-from anomalib_fractalad.benchmark.surroundings import LIGHTNING, quiet
+from anomalib_fractalad.benchmark.surroundings import quiet
 from anomalib_fractalad.data import SurfaceDefects
+from anomalib_fractalad.training.loggers import LIGHTNING
 
 
 def loading_speed(

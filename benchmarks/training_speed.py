@@ -23,10 +23,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from anomalib_fractalad.benchmark.fit import peak_memory
-from anomalib_fractalad.benchmark.surroundings import LIGHTNING, cpu_threads, quiet
+from anomalib_fractalad.benchmark.surroundings import cpu_threads, quiet
 from anomalib_fractalad.models import FractalAD
 from anomalib_fractalad.models.fractalad.torch_model import cosine_similarity_attention
 from anomalib_fractalad.registration import MODELS
+from anomalib_fractalad.training.loggers import LIGHTNING
 
 WARM_UP = 2
 SEED = 0

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_fabric")  # its loggers; which one it takes varies
-
 
 @contextlib.contextmanager
 def trusted_files() -> Iterator[None]:

@@ -12,9 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from anomalib_fractalad.training.loggers import LIGHTNING
+
 _LOGGERS = {
-    **dict.fromkeys(("anomalib", "anomalib_fractalad", "lightning", "lightning_fabric"), logging.INFO),
-    **dict.fromkeys(("lightning.pytorch", "lightning.fabric"), logging.INFO),
+    **dict.fromkeys(("anomalib", "anomalib_fractalad", *LIGHTNING), logging.INFO),
     **dict.fromkeys(("timm", "nncf", "onnxscript", "torch", "py.warnings"), logging.WARNING),
 }
 _SHOW_SECONDS = 10.0  # between lines where there is no terminal
