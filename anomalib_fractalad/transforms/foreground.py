@@ -118,6 +118,7 @@ def foreground_mask(images: Tensor, spread: float = 0.06, reach: int = 9) -> Ten
     deviation = (border - level).abs().mean(dim=(1, 2, 3))[:, None, None, None]
     distance = (images - level).abs().mean(dim=1, keepdim=True)
     mask = (distance > 2 * deviation + spread).to(images.dtype)
-    mask = max_pool2d(mask, reach, stride=1, padding=reach // 2) > 0
+    rows = max_pool2d(mask, (1, reach), stride=1, padding=(0, reach // 2))
+    mask = max_pool2d(rows, (reach, 1), stride=1, padding=(reach // 2, 0)) > 0
     everything = (deviation > spread) | (mask.float().mean(dim=(1, 2, 3), keepdim=True) < 0.02)
     return mask | everything

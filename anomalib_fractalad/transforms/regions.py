@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, pad
+from torch.nn.functional import affine_grid, avg_pool1d, avg_pool2d, grid_sample, interpolate, pad
 from torchvision.transforms import v2
 
 from .foreground import foreground_mask
@@ -319,13 +319,18 @@ def _turned_places(images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tenso
 
 
 def _blur(images: Tensor, side: int) -> Tensor:
-    """Two box filters after another, close to a Gaussian."""
+    """Two box filters after another, close to a Gaussian, as one product along each axis."""
     side = min(side, *images.shape[-2:])
     side -= 1 - side % 2
-    for _ in range(2):
-        rows = avg_pool2d(pad(images, (side // 2,) * 4, mode="reflect"), (1, side), stride=1)
-        images = avg_pool2d(rows, (side, 1), stride=1)
-    return images
+    rows, columns = (_box_twice(length, side, images) for length in images.shape[-2:])
+    return (rows @ images @ columns.mT).to(images.dtype)
+
+
+def _box_twice(length: int, side: int, like: Tensor) -> Tensor:
+    """What two box filters with mirrored borders make of a line of pixels, (length, length), like another tensor."""
+    padded = pad(torch.eye(length, device=like.device).unsqueeze(0), (side // 2,) * 2, mode="reflect")
+    once = avg_pool1d(padded, side, stride=1).squeeze(0).T
+    return (once @ once).to(like.dtype)
 
 
 def _uniform(interval: Sequence[float], *shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from kornia.filters import box_blur
 
 from anomalib_fractalad import transforms
 from anomalib_fractalad.transforms import (
@@ -12,7 +13,7 @@ from anomalib_fractalad.transforms import (
     WarpAnomalyGenerator,
 )
 from anomalib_fractalad.transforms.foreground import foreground_mask
-from anomalib_fractalad.transforms.regions import visible_change
+from anomalib_fractalad.transforms.regions import _blur, visible_change
 
 KINDS = ["CutPaste", "Erase", "Recolor", "Scratch", "Swirl", "Warp"]
 
@@ -138,3 +139,17 @@ def test_lighting_changes_whole_images(images: torch.Tensor) -> None:
     assert torch.allclose(flat, flat[..., :1, :1].expand_as(flat))
     with pytest.raises(ValueError, match="strength=-1"):
         LightingJitter(-1)
+
+
+@pytest.mark.parametrize("side", [9, 41])
+@pytest.mark.parametrize("size", [(64, 96), (30, 17)])
+def test_the_blur_is_two_box_filters(size: tuple[int, int], side: int) -> None:
+    images = torch.rand(2, 3, *size)
+    fits = min(side, *size)
+    fits -= 1 - fits % 2
+    expected = box_blur(box_blur(images, fits), fits)
+    torch.testing.assert_close(_blur(images, side), expected, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = _blur(images, side)
+    assert rounded.dtype == images.dtype
+    torch.testing.assert_close(rounded, expected, atol=0.01, rtol=0)

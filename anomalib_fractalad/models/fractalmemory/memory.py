@@ -149,7 +149,11 @@ class FeatureMemory(nn.Module):
         """
         found = []
         for number, (level, items) in enumerate(self._levels(query)):
-            index = _nearest(_compare(level, items, None if hidden is None else hidden[..., number]))
+            distance = _compare(level, items)
+            if hidden is None:
+                index = _nearest(distance)
+            else:  # in training, which is never exported
+                index = distance.masked_fill_(hidden[..., number, None, None], torch.inf).argmin(dim=1)
             found.append(F.embedding(index, items).permute(0, 3, 1, 2))
         return torch.cat(found, dim=1)
 
@@ -202,19 +206,16 @@ class FeatureMemory(nn.Module):
         return torch.cat([mean.clamp(min=1e-12).sqrt() for mean in means], dim=1)
 
 
-def _compare(query: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tensor:
+def _compare(query: Tensor, items: Tensor) -> Tensor:
     """|q - m|^2 without |q|^2, which all items share, (B, N, H, W)."""
-    distance = F.conv2d(query, -2 * items[..., None, None], items.square().sum(dim=1))
-    if hidden is not None:
-        distance.masked_fill_(hidden[..., None, None], torch.inf)
-    return distance
+    return F.conv2d(query, -2 * items[..., None, None], items.square().sum(dim=1))
 
 
 def _nearest(distance: Tensor) -> Tensor:
     """Which of N items is nearest, the first of those that are, (B, H, W); ``distance`` is (B, N, H, W).
 
-    OpenVINO takes longer for an argmin than for all the rest, and twice as long for numbers of another rank than
-    ``distance``. Integers keep the index whole in an inference in 16 bits.
+    An argmin takes OpenVINO longer than all the rest, and numbers of another rank than ``distance`` twice as long as
+    these. In torch it is the other way round. Integers keep the index whole in an inference in 16 bits.
     """
     number = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)[None, :, None, None]
     is_nearest = distance == distance.amin(dim=1, keepdim=True)
