@@ -17,7 +17,8 @@ from .state import Progress, State
 from .training import seconds_per_image, seconds_per_step, train, trainer_length
 from .trials import Trial
 
-CHOOSING, TRAINING = 0.45, 0.4  # shares of the time; the rest is for thresholds, export and report
+TRYING, CHOOSING, TRAINING = 0.1, 0.45, 0.4  # shares of the time; the rest is for thresholds, export and report
+NO_TIME = "not tried: no time"
 _LEAST_EFFORT = 1 / 16
 
 
@@ -122,11 +123,11 @@ def choose(candidates: Sequence[Candidate], setting: Setting, state: State, prog
     running = _Choice(candidates, setting, state, progress, table)
     alive = running.try_out()
     plan = running.plan(alive)
+    count = plan.rungs[0][0] if plan.rungs else 1
+    _note(table, alive[count:], NO_TIME)
+    alive = alive[:count]
     counted_out = sorted({kind for candidate in alive for kind in candidate.trains_on})
     table["left_out"] = counted_out
-    count = plan.rungs[0][0] if plan.rungs else 1
-    _note(table, alive[count:], "not tried: no time")
-    alive = alive[:count]
     for number, (count, share) in enumerate(plan.rungs):
         ranked = running.ranked(alive)[:count] if number else alive
         for candidate in ranked:
@@ -168,9 +169,14 @@ class _Choice:
         self._state.save(choice=self._table)
 
     def try_out(self) -> list[Candidate]:
-        """Train each candidate for a few steps; gives those that can be trained, one-pass ones before others."""
-        rows = self._table["rows"]
-        for candidate in self._candidates:
+        """Train each candidate for a few steps; gives those that can be trained, one-pass ones before others.
+
+        None is trained after the first that the time does not suffice for, or once trying has taken its share.
+        """
+        rows, begin = self._table["rows"], time.monotonic()
+        first, *others = self._candidates
+        in_order = [first, *sorted(others, key=lambda candidate: candidate.steps is not None)]
+        for candidate in in_order:
             if candidate.name in rows:
                 continue
             self._progress.step(f"trying {candidate.name}")
@@ -178,17 +184,36 @@ class _Choice:
             try:
                 model = candidate.build()
                 row["gflop"] = gflop(model, candidate.image_size)
-                row["seconds"] = self._cost(candidate, model)
+                if candidate.steps is None or self._is_time_left(in_order, time.monotonic() - begin):
+                    row["seconds"] = self._cost(candidate, model)
+                else:
+                    row["note"] = NO_TIME
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             rows[candidate.name] = row
             self._save()
-        alive = [candidate for candidate in self._candidates if "failed" not in rows[candidate.name]]
+        alive = [candidate for candidate in in_order if "seconds" in rows[candidate.name]]
         if not alive:
-            msg = f"no candidate can be trained; {self._candidates[0].name}: {rows[self._candidates[0].name]['failed']}"
+            msg = f"no candidate can be trained; {first.name}: {rows[first.name]['failed']}"
             raise RuntimeError(msg)
-        others = sorted(alive[1:], key=lambda candidate: candidate.steps is not None)
-        return [alive[0], *others]
+        return alive
+
+    def _is_time_left(self, in_order: Sequence[Candidate], tried: float) -> bool:
+        """Whether one more candidate may be tried; ``tried`` is the seconds that this took so far."""
+        one_pass, costs = self._costs([candidate for candidate in in_order if "seconds" in self._row(candidate)])
+        if not one_pass and not costs:
+            return True
+        planned = make_plan(costs, self._setting.seconds, one_pass).rungs
+        fits = not costs or (bool(planned) and planned[0][0] == len(one_pass) + len(costs))
+        return self._setting.effort is not None or (fits and tried <= TRYING * self._setting.seconds)
+
+    def _row(self, candidate: Candidate) -> Mapping[str, Any]:
+        return cast("Mapping[str, Any]", self._table["rows"].get(candidate.name, {}))
+
+    def _costs(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+        """Seconds of the whole training of candidates that train in one pass, and of those that train step by step."""
+        one_pass = [self._row(candidate)["seconds"] for candidate in candidates if candidate.steps is None]
+        return one_pass, [self._row(candidate)["seconds"] for candidate in candidates if candidate.steps is not None]
 
     def _cost(self, candidate: Candidate, model: Any) -> float:
         """Seconds of a candidate's whole training."""
@@ -206,9 +231,7 @@ class _Choice:
     def plan(self, alive: Sequence[Candidate]) -> Plan:
         """The plan of an earlier call, or a new one."""
         if "plan" not in self._table:
-            rows = self._table["rows"]
-            costs = [rows[candidate.name]["seconds"] for candidate in alive if candidate.steps is not None]
-            one_pass = [rows[candidate.name]["seconds"] for candidate in alive if candidate.steps is None]
+            one_pass, costs = self._costs(alive)
             plan = make_plan(costs, self._setting.seconds, one_pass)
             if self._setting.effort is not None:
                 plan = Plan(self._setting.effort, rungs(len(alive)))
