@@ -169,7 +169,8 @@ def _make(
     name: str, backbone: str, batch_size: int, image_size: int, device: str, **arguments: Any
 ) -> tuple[Any, Tensor]:
     torch.manual_seed(SEED)
-    extra = {"split": (1, 1), **arguments} if name == "AAND" else arguments
+    both_stages = {"AAND": {"split": (1, 1)}, "FractalMemory": {"head": True}}
+    extra = both_stages.get(name, {}) | arguments
     model: AnomalibModule = get_model(
         name,
         backbone=backbone,

@@ -51,6 +51,12 @@ def test_training_speed(capsys: pytest.CaptureFixture[str]) -> None:
         "step of stage 2, features kept_s",
         "step of stage 2 / with features kept",
     }
+    assert results["FractalMemory"].keys() == {
+        "step of stage 1_s",
+        "step of stage 2_s",
+        "anomalies in a step of stage 2_s",
+        "anomalies' share of a step of stage 2",
+    }
     for name in ("FractalAD", "ADPS"):
         assert 0 < results[name]["anomalies in a step_s"] < results[name]["step_s"]
     assert "test_resnet, batches of 2 images of 128 x 128" in capsys.readouterr().out
