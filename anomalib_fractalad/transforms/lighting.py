@@ -10,19 +10,21 @@ class LightingJitter(v2.Transform):  # type: ignore[misc]  # torchvision is unty
     """Change contrast, brightness and tint of whole images a little, and add noise to half of them.
 
     Args:
-        strength: Factor on all changes; 1 is contrast up to 20 %, brightness up to 0.1, tint up to 4 %, and noise of a
-            standard deviation up to 0.015.
+        strength: Factor on all changes; 1 is contrast up to 20 %, brightness up to 0.1, tint up to 4 %, and the noise.
+        noise: Largest standard deviation of the noise; at 0 there is none.
 
     Raises:
-        ValueError: If ``strength`` is negative.
+        ValueError: If ``strength`` or ``noise`` is negative.
     """
 
-    def __init__(self, strength: float = 1.0) -> None:
+    def __init__(self, strength: float = 1.0, noise: float = 0.015) -> None:
         super().__init__()
-        if strength < 0:
-            msg = f"strength={strength}: it must be 0 or more."
-            raise ValueError(msg)
+        for name, value in (("strength", strength), ("noise", noise)):
+            if value < 0:
+                msg = f"{name}={value}: it must be 0 or more."
+                raise ValueError(msg)
         self.strength = strength
+        self.noise = noise
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class LightingJitter(v2.Transform):  # type: ignore[misc]  # torchvision is unty
         def draw(most: float, *shape: int) -> Tensor:
             return most * self.strength * (2 * torch.rand(count, *shape) - 1)
 
-        amount = 0.015 * self.strength * torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.5)
+        amount = self.noise * self.strength * torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.5)
         return {
             "contrast": 1 + draw(0.2, 1, 1, 1),
             "brightness": draw(0.1, 1, 1, 1),

@@ -33,7 +33,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "FractalAD": {"learning_rate": 0.01, "cosine_decay": True, "object_mode": True, "position_margin": 0.0},
     "ADPS": {"learning_rate": 0.01, "segmentation_weight": 2.0, "anomaly_generator": "FractalAnomalyGenerator"},
     "AAND": {"learning_rate": 0.01, "split": (1, 2), "hard_distillation": False, "object_mode": True},
-    "FractalMemory": {"learning_rate": 0.01, "reservoir_size": 3000, "part_pattern": r"\d+"},
+    "FractalMemory": {"learning_rate": 0.01, "reservoir_size": 3000, "part_pattern": r"\d+", "lighting": 0.5},
 }
 
 

@@ -133,6 +133,24 @@ def test_what_lies_outside_a_region_is_not_gathered() -> None:
     torch.testing.assert_close(values[:4], averages[0, :, 0, 4:].mT)
 
 
+def test_copies_of_images_are_gathered_and_not_held() -> None:
+    images, copies, owner = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8), torch.arange(9)
+    features = {id(part): [level.float() for level in random_features(9)] for part in (images, copies)}
+    gathering = Gathering(CHANNELS, 5000, torch.device("cpu"))
+    gathering.add(lambda part: features[id(part)], images, owner)
+    gathering.add(lambda part: features[id(part)], copies, owner, copies=True)
+    assert gathering.images == 9
+    assert gathering.held_owners.tolist() == [0, 8]
+    assert all(torch.equal(held, images[i].half()) for held, i in zip(gathering.held_images, (0, 8), strict=True))
+    both = [torch.cat(levels) for levels in zip(*features.values(), strict=True)]
+    whole = Gathering(CHANNELS, 5000, torch.device("cpu"))
+    whole.add(lambda _: both, torch.cat([images, copies]), owner.repeat(2))
+    for name, value in whole.moments.state_dict().items():
+        torch.testing.assert_close(gathering.moments.state_dict()[name], value)
+    torch.testing.assert_close(*(part.reservoir.sample[0].sort(dim=0).values for part in (gathering, whole)))
+    assert torch.equal(*(part.reservoir.sample[1].sort().values for part in (gathering, whole)))
+
+
 def test_another_size_of_the_reservoir_is_named_on_resuming() -> None:
     state = Gathering(CHANNELS, 20, torch.device("cpu")).states()[0]
     with pytest.raises(ValueError, match="reservoir_size is 30 here, and 20 in the checkpoint: go on with 20"):
@@ -427,6 +445,7 @@ def test_other_teachers_of_timm_do(backbone: str, channels: list[int]) -> None:
     [
         ({"memory_size": 0}, "memory_size is 0"),
         ({"memory_size": 100, "reservoir_size": 50}, "reservoir_size is 50; it must be at least memory_size"),
+        ({"lighting": -0.5}, "lighting is -0.5; it must be 0 or more"),
         ({"part_pattern": "("}, "part_pattern is '\\('.* no regular expression"),
         ({"width": -1}, "width is -1"),
         ({"sigma": 0}, "sigma is 0"),

@@ -15,6 +15,7 @@ from lightning import Callback, seed_everything
 from anomalib_fractalad.models.fractalmemory import FractalMemory
 from anomalib_fractalad.models.fractalmemory.calibration import STRENGTHS
 from anomalib_fractalad.models.fractalmemory.stages import Stage
+from anomalib_fractalad.transforms import LightingJitter
 
 pytestmark = pytest.mark.slow
 
@@ -183,3 +184,22 @@ def test_without_a_head_one_epoch_is_all(tile_root: Path, tmp_path: Path) -> Non
     assert result["pixel_AUROC"] > 0.8
     loaded = FractalMemory.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path, head=False)
     assert torch.equal(loaded.model.memory.items, model.model.memory.items)
+
+
+def test_a_memory_of_changed_light_minds_it_less(tile_root: Path, tmp_path: Path) -> None:
+    """The distance of test images in another light, in units of what is usual, with and without copies in memory."""
+    excess = []
+    for lighting in (0.0, 1.0):
+        seed_everything(2)
+        model = small_model(head=False, lighting=lighting)
+        data = make_tiles(tile_root)
+        small_engine(tmp_path / str(lighting), max_epochs=1).fit(model, datamodule=data)
+        images = torch.stack([item.image for item in data.train_data])
+        images = torch.nn.functional.interpolate(images, (64, 64), mode="bilinear")
+        torch.manual_seed(3)
+        changed = LightingJitter()(images)
+        with torch.no_grad():
+            plain, other = (model.model.distance(model.model.teacher(part)).mean() for part in (images, changed))
+        excess.append(float(other / plain))
+        assert len(model.model.memory.owners.unique()) == 8
+    assert 1 < excess[1] < 0.5 * excess[0]

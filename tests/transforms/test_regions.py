@@ -137,8 +137,11 @@ def test_lighting_changes_whole_images(images: torch.Tensor) -> None:
     still = {**parameters, "noise": torch.zeros_like(parameters["noise"])}
     flat = jitter.apply(images, still)[..., :8, :8]
     assert torch.allclose(flat, flat[..., :1, :1].expand_as(flat))
+    assert not LightingJitter(noise=0).generate_parameters(images)["noise"].any()
     with pytest.raises(ValueError, match="strength=-1"):
         LightingJitter(-1)
+    with pytest.raises(ValueError, match="noise=-1"):
+        LightingJitter(noise=-1)
 
 
 @pytest.mark.parametrize("side", [9, 41])

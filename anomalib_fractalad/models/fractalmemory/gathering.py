@@ -45,7 +45,15 @@ class Gathering:
         self.finished = False
 
     @torch.no_grad()
-    def add(self, teacher: nn.Module, images: Tensor, owner: Tensor, inside: Tensor | None = None) -> None:
+    def add(
+        self,
+        teacher: nn.Module,
+        images: Tensor,
+        owner: Tensor,
+        inside: Tensor | None = None,
+        *,
+        copies: bool = False,
+    ) -> None:
         """Take in normal images.
 
         Args:
@@ -53,12 +61,15 @@ class Gathering:
             images: (B, 3, H, W), values in [0, 1].
             owner: Numbers of the parts that they show, (B,), on the CPU.
             inside: Pixels that count, boolean (B, 1, H, W). Left out, all count.
+            copies: Whether these are changed copies of images that were taken in; of them none is held.
         """
         features = [level.float().to(self.device) for level in teacher(images)]
         inside = None if inside is None else inside.to(self.device)
         averages = extended_average(features)
         self.moments.update(features, averages, inside)
         self.reservoir.offer(averages, owner, inside)
+        if copies:
+            return
         first = (-self.images) % HELD_EVERY
         for i in range(first, len(images), HELD_EVERY):
             if len(self.held_images) < self.most_held:

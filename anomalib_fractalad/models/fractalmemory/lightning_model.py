@@ -20,11 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import AdamW, Optimizer
 
-from anomalib_fractalad.models.components import ImageScore, Reduction, check_count, check_positive, recorded
+from anomalib_fractalad.models.components import (
+    ImageScore,
+    Reduction,
+    check_count,
+    check_not_negative,
+    check_positive,
+    recorded,
+)
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 from anomalib_fractalad.training.schedules import epoch_length, scheduled
-from anomalib_fractalad.transforms import MixedAnomalyGenerator
+from anomalib_fractalad.transforms import LightingJitter, MixedAnomalyGenerator
 
 from .calibration import Calibration
 from .gathering import MOST_HELD, Gathering
@@ -38,6 +45,7 @@ WEIGHT_DECAY = 0.01
 NORMAL_SHARE = 4  # anomalous images for each normal one
 SMALLEST_SHARE = 1 / 16  # of the memory, that an image is compared with in training
 GRADIENT_NORM = 1.0
+LIGHT_COPIES = 2  # of each training image, where there are any
 
 
 class FractalMemory(OneClassModule, AnomalibModule):
@@ -58,6 +66,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
             is divided by its range over normal places.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
+        lighting: Strength of the change of light in two copies of each training image, which count as normal, too. At
+            0.5, contrast changes by up to 10 %, brightness by up to 0.05, tint by up to 2 %. At 0 there are no copies.
         head: Train a head that makes maps more exact, in all epochs after the first; nine in all are enough for 250
             images. Without it width and learning_rate have no effect.
         width: Channels of the head.
@@ -87,7 +97,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
 
     model: FractalMemoryModel
     architecture: ClassVar = {"backbone": str, "memory_size": int, "head": bool, "width": int}
-    training_only: ClassVar = frozenset({"learning_rate", "reservoir_size", "level_weights", "part_pattern"})
+    training_only: ClassVar = frozenset(
+        {"learning_rate", "reservoir_size", "level_weights", "part_pattern", "lighting"}
+    )
     untrained_because = (
         "its memory is empty, since the training ended before all features were gathered, or never began. Train it, or "
         "go on from its last checkpoint (ckpt_path)"
@@ -105,6 +117,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         reservoir_size: int = 80_000,
         level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         part_pattern: str | None = None,
+        lighting: float = 0.0,
         head: bool = False,
         width: int = 64,
         sigma: int = 4,
@@ -123,6 +136,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         check_count(epochs=epochs)
         check_pattern(part_pattern)
         check_level_weights(level_weights)
+        check_not_negative(lighting=lighting)
         weights, roi = recorded(weights, roi)
         super().__init__(
             pre_processor=pre_processor,
@@ -135,6 +149,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.reservoir_size = reservoir_size
         self.level_weights = level_weights
         self.part_pattern = part_pattern
+        self.light_jitter = LightingJitter(lighting, noise=0)
         self.generator = MixedAnomalyGenerator()
         self.model = FractalMemoryModel(
             backbone, pre_trained, memory_size, head, width, sigma, score, top_share, weights
@@ -240,6 +255,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         gathering = cast("Gathering", self._gathering)
         if self.stage is Stage.GATHERING:
             gathering.add(self.model.teacher, images, owner, inside)
+            for _ in range(LIGHT_COPIES if self.light_jitter.strength else 0):
+                gathering.add(self.model.teacher, self.light_jitter(images), owner, inside, copies=True)
             return nothing
         # On the CPU, where the numbers of parts are: nothing waits for an accelerator.
         learned = (~torch.isin(owner, gathering.held_owners)).nonzero().squeeze(1)
