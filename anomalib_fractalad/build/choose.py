@@ -59,6 +59,11 @@ class Plan:
     effort: float
     rungs: tuple[tuple[int, float], ...]
 
+    @property
+    def count(self) -> int:
+        """Number of candidates that are compared; 1 where none is compared with another."""
+        return self.rungs[0][0] if self.rungs else 1
+
 
 def rungs(count: int) -> tuple[tuple[int, float], ...]:
     """Rounds of successive halving: half of the candidates stay, and train twice as long.
@@ -123,9 +128,8 @@ def choose(candidates: Sequence[Candidate], setting: Setting, state: State, prog
     running = _Choice(candidates, setting, state, progress, table)
     alive = running.try_out()
     plan = running.plan(alive)
-    count = plan.rungs[0][0] if plan.rungs else 1
-    _note(table, alive[count:], NO_TIME)
-    alive = alive[:count]
+    _note(table, alive[plan.count :], NO_TIME)
+    alive = alive[: plan.count]
     counted_out = sorted({kind for candidate in alive for kind in candidate.trains_on})
     table["left_out"] = counted_out
     for number, (count, share) in enumerate(plan.rungs):
@@ -184,7 +188,7 @@ class _Choice:
             try:
                 model = candidate.build()
                 row["gflop"] = gflop(model, candidate.image_size)
-                if candidate.steps is None or self._is_time_left(in_order, time.monotonic() - begin):
+                if candidate.steps is None or self._is_time_left(time.monotonic() - begin):
                     row["seconds"] = self._cost(candidate, model)
                 else:
                     row["note"] = NO_TIME
@@ -192,28 +196,30 @@ class _Choice:
                 row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             rows[candidate.name] = row
             self._save()
-        alive = [candidate for candidate in in_order if "seconds" in rows[candidate.name]]
+        alive = [
+            candidate for candidate in in_order if rows[candidate.name].keys() & {"seconds", "failed"} == {"seconds"}
+        ]
         if not alive:
             msg = f"no candidate can be trained; {first.name}: {rows[first.name]['failed']}"
             raise RuntimeError(msg)
         return alive
 
-    def _is_time_left(self, in_order: Sequence[Candidate], tried: float) -> bool:
-        """Whether one more candidate may be tried; ``tried`` is the seconds that this took so far."""
-        one_pass, costs = self._costs([candidate for candidate in in_order if "seconds" in self._row(candidate)])
-        if not one_pass and not costs:
+    def _is_time_left(self, spent: float) -> bool:
+        """Whether a candidate may be tried; ``spent`` is the seconds that trying took so far."""
+        rows = self._table["rows"]
+        tried = [candidate for candidate in self._candidates if "seconds" in rows.get(candidate.name, {})]
+        if self._setting.effort is not None or not tried:
             return True
-        planned = make_plan(costs, self._setting.seconds, one_pass).rungs
-        fits = not costs or (bool(planned) and planned[0][0] == len(one_pass) + len(costs))
-        return self._setting.effort is not None or (fits and tried <= TRYING * self._setting.seconds)
-
-    def _row(self, candidate: Candidate) -> Mapping[str, Any]:
-        return cast("Mapping[str, Any]", self._table["rows"].get(candidate.name, {}))
+        one_pass, costs = self._costs(tried)
+        plan = make_plan(costs, self._setting.seconds, one_pass)
+        fits = not costs or (plan.effort > _LEAST_EFFORT and plan.count == len(tried))
+        return fits and spent <= TRYING * self._setting.seconds
 
     def _costs(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         """Seconds of the whole training of candidates that train in one pass, and of those that train step by step."""
-        one_pass = [self._row(candidate)["seconds"] for candidate in candidates if candidate.steps is None]
-        return one_pass, [self._row(candidate)["seconds"] for candidate in candidates if candidate.steps is not None]
+        rows = self._table["rows"]
+        one_pass = [rows[candidate.name]["seconds"] for candidate in candidates if candidate.steps is None]
+        return one_pass, [rows[candidate.name]["seconds"] for candidate in candidates if candidate.steps is not None]
 
     def _cost(self, candidate: Candidate, model: Any) -> float:
         """Seconds of a candidate's whole training."""
