@@ -27,19 +27,19 @@ export PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 if [ -n "$wheels" ]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    python -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 if [ -n "$tiny" ]; then
     options=(--device cpu --backbone test_resnet --pre_trained false --image_size 128 --batch_size 2
-        --generator_batch_size 4 --repetitions 2 --draem_steps 2 "${options[@]}")
+        --generator_batch_size 4 --repetitions 2 --epochs 2 --draem_steps 2 "${options[@]}")
 fi
 
 # What fails is told at the end; the figures are taken all the same.
 failed=0
-timeout 150 python -m pytest -n0 -q -p no:cacheprovider -k 'cuda or gpu' tests/transforms tests/models/test_cuda.py \
+timeout 150 python3 -m pytest -n0 -q -p no:cacheprovider -k 'cuda or gpu' tests/transforms tests/models/test_cuda.py \
     2>&1 | tee "$output/tests.txt" || failed=1
-timeout 300 python benchmarks/gpu.py --output "$output" "${options[@]}" 2>&1 | tee "$output/log.txt" || failed=1
+timeout 300 python3 benchmarks/gpu.py --output "$output" "${options[@]}" 2>&1 | tee "$output/log.txt" || failed=1
 cat "$output/gpu.md"
 [ "$failed" = 0 ] || echo "FAILED: see $output/tests.txt and $output/log.txt" >&2
 exit "$failed"
