@@ -57,11 +57,12 @@ def inference_speed(
         image_size: Height and width of the image, and of what the networks see, in pixels.
         repetitions: Number of timed predictions by each, each after one that is not timed.
         threads: Number of CPU threads, for torch and OpenVINO.
-        models: Models of the package or of anomalib; the others are compared with the first one.
+        models: Models of the package or of anomalib; the others are compared with the first one. What follows the first
+            word tells entries of one model apart, such as "FractalMemory" and "FractalMemory with a head".
         runtimes: Runtimes to time them in.
-        arguments: Further arguments of models, by the model's name, such as {"AAND": {"strides": [8, 16]}}.
+        arguments: Further arguments, by the entry in models, such as {"AAND": {"strides": [8, 16]}}.
         memory_items: Size of PatchCore's memory.
-        sizes: Height and width of the image for single models, by the model's name.
+        sizes: Height and width of the image for single models, by the entry in models.
         cpu_time: Tell CPU time in place of latency: for a machine that is busy with other work.
 
     Returns:
@@ -101,7 +102,7 @@ def _prepare(
     timed, flops = {}, {}
     for name in models:
         size = sizes.get(name, image_size)
-        model = make_model(name, backbone, size, arguments.get(name, {}), memory_items)
+        model = make_model(name.split()[0], backbone, size, arguments.get(name, {}), memory_items)
         flops[name], image = _gigaflops(model, size), torch.rand(3, size, size)
         for runtime in runtimes:
             timed[name, runtime] = _load(model, runtime, Path(folder) / name, image, threads)
@@ -149,9 +150,12 @@ def _check(
 
 
 def _print_table(medians: Mapping[tuple[str, str], float], flops: Mapping[str, float], first: str) -> None:
+    width = max(map(len, flops))
     for (name, runtime), median in medians.items():
         rate = flops[name] / median
-        print(f"{name:10} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.1f} GFLOP {rate:7.0f} GFLOP/s", end="")
+        print(
+            f"{name:{width}} {runtime:14} {1e3 * median:9.1f} ms {flops[name]:7.3g} GFLOP {rate:7.0f} GFLOP/s", end=""
+        )
         for reference in ("torch", "openvino_fp32"):
             if runtime != reference and (name, reference) in medians:
                 print(f"{median / medians[name, reference]:8.2f} x {reference}", end="")
@@ -176,6 +180,8 @@ def make_model(
     model = get_model(name, **{**arguments, **given})
     if name == "Patchcore":
         _fill_memory(model, memory_items)
+    if name == "Padim":
+        _fit_gaussians(model, image_size)
     _set_thresholds(model)
     return model
 
@@ -184,6 +190,12 @@ def _fill_memory(model: AnomalibModule, items: int) -> None:
     network: Any = model.eval().model
     features = network.feature_extractor(torch.rand(1, 3, 64, 64))
     network.memory_bank = torch.rand(items, sum(layer.shape[1] for layer in features.values()))
+
+
+def _fit_gaussians(model: AnomalibModule, image_size: int) -> None:
+    network: Any = model.train().model
+    network(torch.rand(2, 3, image_size, image_size))
+    network.fit()
 
 
 def _set_thresholds(model: AnomalibModule) -> None:

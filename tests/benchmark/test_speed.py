@@ -140,6 +140,19 @@ def test_mistakes_are_told_before_anything_is_timed(mistake: dict[str, Any], mes
         inference_speed(**mistake)
 
 
+def test_entries_of_one_model_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {"layers": ["layer2", "layer3"], "backbone": "test_resnet", "pre_trained": False}
+    models = ("FractalMemory", "FractalMemory with a head", "Padim")
+    arguments = {"FractalMemory with a head": {"head": True}, "Padim": {**layers, "n_features": 20}}
+    seconds = inference_speed(
+        "test_resnet", 64, repetitions=1, models=models, runtimes=("torch",), arguments=arguments, memory_items=50
+    )
+    assert list(seconds) == [f"{name} torch" for name in models]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " torch " in line]
+    work = [float(line[line.index("GFLOP") - 1]) for line in lines]
+    assert work[0] < work[1]
+
+
 def test_image_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_size_benchmark, "_in_a_process", lambda function, arguments: function(*arguments))
     image_size(sizes=(64,), models=("AAND",), tasks=("train 1", "torch"), backbone="test_resnet")
