@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
@@ -28,6 +28,15 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 ONE_IMAGE = {"opset_version": 18, "dynamic_shapes": None}
 
 Inferencer = TorchInferencer | OpenVINOInferencer
+
+
+class _NamingInferencer(OpenVINOInferencer):
+    """Knows each output by its own name: a compiled one also has those of layers that were merged into it."""
+
+    @staticmethod
+    def post_process(predictions: Any) -> dict[str, Any]:
+        names = (set(InferenceBatch._fields) & known for known in predictions.names())
+        return {name.pop(): value for name, value in zip(names, predictions.to_tuple(), strict=True)}
 
 
 def resized(model: AnomalibModule, image: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ def load(file: Path, runtime: str, device: str = "cpu", threads: int | None = No
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     with working_directory(file.parent):  # the inferencer makes its cache there
-        return OpenVINOInferencer(file, "CPU", config)
+        return _NamingInferencer(file, "CPU", config)
 
 
 def as_input(image: Tensor, runtime: str) -> Tensor | np.ndarray:

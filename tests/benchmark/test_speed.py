@@ -10,6 +10,7 @@ from typing import Any
 
 import image_size as image_size_benchmark
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.deploy import TorchInferencer
@@ -19,11 +20,12 @@ from generator_speed import generator_speed
 from image_size import image_size
 from inference_speed import inference_speed
 from loading_speed import loading_speed
+from openvino import opset13 as opset
 from quick_patchcore import QuickPatchcore
 from training_speed import _keep_gradients, _make, training_speed
 
 from anomalib_fractalad.benchmark.config import RUNTIMES
-from anomalib_fractalad.benchmark.exports import images_per_second, seconds_each
+from anomalib_fractalad.benchmark.exports import images_per_second, load, seconds_each
 
 
 def test_generator_speed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +140,20 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_mistakes_are_told_before_anything_is_timed(mistake: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inference_speed(**mistake)
+
+
+def test_outputs_with_several_names_are_known_by_their_own(tmp_path: Path) -> None:
+    """OpenVINO leaves out layers that change nothing; an output then has their names, too."""
+    image = opset.parameter([1, 3, 8, 8], np.float32)
+    outputs = {"pred_score": opset.reduce_max(image, np.array([1, 2, 3])), "anomaly_map": opset.negative(image)}
+    for name, layer in outputs.items():
+        layer.output(0).get_tensor().set_names({name, *(f"{name}_{number}" for number in range(20))})
+    file = tmp_path / "model.xml"
+    openvino.save_model(openvino.Model(list(outputs.values()), [image]), file, compress_to_fp16=False)
+    values = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
+    found = load(file, "openvino_fp32").predict(values)
+    assert found.pred_score == pytest.approx(values.max())
+    np.testing.assert_allclose(found.anomaly_map.squeeze(), -values.transpose(2, 0, 1))
 
 
 def test_entries_of_one_model_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
