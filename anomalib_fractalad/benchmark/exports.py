@@ -21,7 +21,8 @@ from anomalib_fractalad.benchmark.surroundings import trusted_files, working_dir
 from anomalib_fractalad.export.int8 import calibration_images, quantize
 from anomalib_fractalad.export.module import ExportModule
 
-# Processors that can would compute FP32 models in bfloat16.
+# Processors that can would compute FP32 models in bfloat16, and what INT8 models leave in floating point, such as the
+# distances of a memory, which do not bear it.
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 # torch's exporter writes opset 18. A batch of any size would be traced with two images, and PatchCore's search frozen
 # for two: one image of one size is what every model can be exported for.
@@ -120,14 +121,14 @@ def load(file: Path, runtime: str, device: str = "cpu", threads: int | None = No
 
     Args:
         file: The file, .pt or .xml.
-        runtime: The runtime that it was exported for; openvino_fp32 computes in FP32.
+        runtime: The runtime that it was exported for; openvino_fp32 computes in FP32, openvino_int8 in INT8 and FP32.
         device: Type of the device for torch; OpenVINO runs on the CPU.
         threads: CPU threads of OpenVINO; left out, it chooses.
     """
     if runtime == "torch":
         with trusted_files():
             return TorchInferencer(file, device)
-    config: dict[str, Any] = dict(FLOAT32) if runtime == "openvino_fp32" else {}
+    config: dict[str, Any] = {} if runtime == "openvino_fp16" else dict(FLOAT32)
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     with working_directory(file.parent):  # the inferencer makes its cache there

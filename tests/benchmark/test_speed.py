@@ -150,6 +150,8 @@ def test_outputs_with_several_names_are_known_by_their_own(tmp_path: Path) -> No
         layer.output(0).get_tensor().set_names({name, *(f"{name}_{number}" for number in range(20))})
     file = tmp_path / "model.xml"
     openvino.save_model(openvino.Model(list(outputs.values()), [image]), file, compress_to_fp16=False)
+    for runtime in ("openvino_fp32", "openvino_int8"):  # bfloat16, the default of some processors, ruins distances
+        assert load(file, runtime).model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     values = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
     found = load(file, "openvino_fp32").predict(values)
     assert found.pred_score == pytest.approx(values.max())
