@@ -56,8 +56,8 @@ that an optimizer moves.
 Every model is exported in the same way: for one image, of the height and width that the model resizes to. Latency is
 from such an image in memory to score and map, pre- and post-processing included: the median and the 90 % quantile of
 {repetitions} predictions. Eight at once are a batch in torch, and eight requests in OpenVINO. FP32 and INT8 are
-compiled with the hint `INFERENCE_PRECISION_HINT: f32`, so that they compute in float32 where the processor has bfloat16 too;
-FP16 is compiled without a hint, and the table says what OpenVINO chose. INT8 is NNCF's post-training quantization
+compiled with the hint `INFERENCE_PRECISION_HINT: f32`, so that they compute in float32 where the processor has bfloat16
+too; FP16 is compiled without a hint, and the table says what OpenVINO chose. INT8 is NNCF's post-training quantization
 of the convolutions between features, the same for every model, calibrated with the same training images and fractal
 anomalies in them. The image AUROC of each OpenVINO model is over all test images."""
 
