@@ -2,6 +2,7 @@
 """INT8: the recipe, and the images that it is calibrated with; for any anomalib model."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 IMAGE_CHANNELS = 3
+_ANY_SIZE = 256, 256  # to tell the layers' sizes of a network for images of any size
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -117,9 +119,9 @@ def _images(datamodule: AnomalibDataModule | None, name: str) -> Any:
 def quantize(model: "Model", images: Iterable[Array]) -> "Model":
     """Quantize the convolutions between features to INT8, by NNCF's post-training quantization.
 
-    Convolutions of images and of anomaly maps, with at most three channels, and what is no convolution stay in floating
-    point, which costs next to no time: faint defects are steps of one or two gray levels, and 256 levels over the range
-    of all images swallow them.
+    These stay in floating point, which costs next to no time: convolutions of images and of anomaly maps, with at most
+    three channels, depthwise convolutions of what is at least half as large as the image, and what is no convolution.
+    Faint defects are steps of one or two gray levels, and 256 levels over the range of all images swallow them.
 
     Args:
         model: An exported network.
@@ -303,18 +305,27 @@ def _ignored_scope(model: "Model") -> Any:
     types = {operation.get_type_name() for operation in operations}
     return nncf.IgnoredScope(
         types=sorted(types - CONVOLUTIONS - {"Constant", "Parameter", "Result"}),
-        names=[
-            operation.get_friendly_name()
-            for operation in operations
-            if operation.get_type_name() in CONVOLUTIONS and _channels(operation) <= IMAGE_CHANNELS
-        ],
+        names=_in_floating_point(model),
         validate=False,
     )
 
 
-def _channels(operation: Any) -> float:
-    channels = operation.get_input_partial_shape(0)[1]
-    return float(channels.get_length()) if channels.is_static else float("inf")
+def _in_floating_point(model: "Model") -> list[str]:
+    """Names of the convolutions that are left as they are; see :func:`quantize`."""
+    shape = model.input(0).get_partial_shape()
+    if shape.is_dynamic:
+        model = model.clone()
+        sizes = (1, IMAGE_CHANNELS, *_ANY_SIZE)
+        model.reshape([d.get_length() if d.is_static else size for d, size in zip(shape, sizes, strict=True)])
+    inputs = {
+        node: list(node.get_input_shape(0)) for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS
+    }
+    height = max((size[2] for size in inputs.values() if size[1] == IMAGE_CHANNELS), default=math.inf)
+    return [
+        node.get_friendly_name()
+        for node, (_, channels, own, _) in inputs.items()
+        if channels <= IMAGE_CHANNELS or (node.get_type_name() == "GroupConvolution" and 2 * own >= height)
+    ]
 
 
 def fit(image: Array, model: "Model") -> Array:

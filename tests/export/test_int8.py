@@ -16,7 +16,7 @@ from openvino import Core, Model, PartialShape, convert_model, opset13
 from openvino.frontend.onnx import ConversionExtension
 from torchvision.transforms.v2 import ColorJitter
 
-from anomalib_fractalad.export.int8 import calibration_images, compress, fit, quantize
+from anomalib_fractalad.export.int8 import CONVOLUTIONS, _ignored_scope, calibration_images, compress, fit, quantize
 from anomalib_fractalad.export.openvino import decide_constant_choices
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
 
@@ -110,6 +110,34 @@ def has_eight_bits(value: Any) -> bool:
     return node.get_type_name() == "FakeQuantize" or (
         node.get_type_name() in between and any(map(has_eight_bits, node.input_values()))
     )
+
+
+@pytest.mark.parametrize("size", [[1, 3, 64, 48], [-1, 3, -1, -1], [-1, 3, 64, 64]])
+def test_what_sees_the_image_at_half_its_size_by_channel_stays_in_floating_point(size: list[int]) -> None:
+    """Such as the first depthwise convolutions of a MobileNet; they alone took 0.04 of image AUROC on tiles."""
+    image = opset13.parameter(PartialShape(size), name="image")
+    network, value = {}, image.output(0)
+    for name, before, after, stride, depthwise in (
+        ("stem", 3, 8, 2, False),
+        ("depthwise", 8, 8, 1, True),
+        ("pointwise", 8, 8, 1, False),
+        ("down", 8, 8, 2, True),
+        ("quarter", 8, 8, 1, True),
+        ("last", 8, 4, 1, False),
+        ("map", 1, 1, 1, False),
+    ):
+        convolve = opset13.group_convolution if depthwise else opset13.convolution
+        shape = (before, 1, 1, 3, 3) if depthwise else (after, before, 3, 3)
+        if name == "map":
+            value = opset13.reduce_mean(value, [1], keep_dims=True).output(0)
+        node = convolve(value, np.ones(shape, dtype=np.float32), [stride] * 2, [1, 1], [1, 1], [1, 1])
+        node.set_friendly_name(name)
+        network[name], value = node, node.output(0)
+    model = Model([network["map"]], [image])
+    scope = _ignored_scope(model)
+    assert scope.names == ["stem", "depthwise", "down", "map"]
+    assert not set(scope.types) & CONVOLUTIONS
+    assert model.input(0).get_partial_shape() == PartialShape(size)
 
 
 @pytest.mark.slow
