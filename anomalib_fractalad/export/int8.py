@@ -74,7 +74,7 @@ def calibration_images(datamodule: AnomalibDataModule, count: int = 300, seed: i
     Args:
         datamodule: The data; they are prepared and set up where they are not yet.
         count: Number of images, at most; half of them have a fractal anomaly.
-        seed: Seed of the choice and of the anomalies.
+        seed: Seed of the choice and of the anomalies, and of how data that are set up here are split.
 
     Returns:
         Arrays (1, 3, H, W), values in [0, 1], without the data module's augmentations: as inference sees images. They
@@ -86,7 +86,7 @@ def calibration_images(datamodule: AnomalibDataModule, count: int = 300, seed: i
     if count < 2:
         msg = f"count is {count}; calibration takes at least one normal and one anomalous image"
         raise ValueError(msg)
-    dataset = _images(datamodule, "train_data")
+    dataset = _images(datamodule, "train_data", seed)
     if not len(dataset):
         msg = "INT8 is calibrated with training images, and the data module has none"
         raise ValueError(msg)
@@ -106,13 +106,15 @@ def plain(dataset: Any) -> Any:
     return dataset
 
 
-def _images(datamodule: AnomalibDataModule | None, name: str) -> Any:
+def _images(datamodule: AnomalibDataModule | None, name: str, seed: int = 0) -> Any:
     if datamodule is None:
         msg = "INT8 is calibrated with training images: give the export a datamodule (with the program, --data)"
         raise ValueError(msg)
     if not hasattr(datamodule, name):
         datamodule.prepare_data()
-        datamodule.setup("fit")
+        with torch.random.fork_rng(devices=[]):  # anomalib may split data at random, by no seed of its own
+            torch.manual_seed(seed)
+            datamodule.setup("fit")
     return getattr(datamodule, name, ())
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from anomalib_fractalad.build import look as looking
 from anomalib_fractalad.build.look import Look, look
-from anomalib_fractalad.build.split import images_needed, split
+from anomalib_fractalad.build.split import data_module, images_needed, split
 
 SIZE = 64
 
@@ -159,3 +159,18 @@ def test_too_few_images(tmp_path: Path, random: np.random.Generator) -> None:
         file.unlink()
     with pytest.raises(ValueError, match="19 good images are too few; take at least 20"):
         split(look(tmp_path))
+
+
+@pytest.mark.parametrize("others", [(0, 0), (0, 2), (2, 0), (2, 2)])
+def test_all_images_to_train_on_are_trained_on(
+    tmp_path: Path, random: np.random.Generator, others: tuple[int, int]
+) -> None:
+    """anomalib takes some of them to test on where there are no good images for that."""
+    train, good, bad = ([tmp_path / f"{kind}{i}.png" for i in range(count)] for kind, count in enumerate((6, *others)))
+    for file in (*train, *good, *bad):
+        save(random.integers(0, 256, (16, 16, 3)), file)
+    data = data_module(train, good, bad)
+    data.prepare_data()
+    data.setup()
+    assert [Path(item.image_path) for item in data.train_data] == train
+    assert {Path(item.image_path) for item in data.test_data} == {*good, *bad}

@@ -95,6 +95,16 @@ def test_calibration_images_are_training_images_and_each_has_an_anomalous_copy(t
         calibration_images(tiles, count=1)
 
 
+def test_calibration_images_are_the_same_where_anomalib_splits_data_at_random(tile_root: Path) -> None:
+    """As it does without good images to test on."""
+    arguments = tile_arguments(tile_root) | {"normal_test_dir": None, "test_split_ratio": 0.5}
+    state = torch.get_rng_state()
+    first, second = (list(calibration_images(Folder(**arguments))) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(first) == 8
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+
+
 def make_dataset(root: Path) -> Any:
     tiles = make_tiles(root)
     tiles.setup("fit")
