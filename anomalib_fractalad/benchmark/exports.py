@@ -21,8 +21,7 @@ from anomalib_fractalad.benchmark.surroundings import trusted_files, working_dir
 from anomalib_fractalad.export.int8 import calibration_images, quantize
 from anomalib_fractalad.export.module import ExportModule
 
-# Processors that can would compute FP32 models in bfloat16, and what INT8 models leave in floating point, such as the
-# distances of a memory, which do not bear it.
+# Processors that can would compute in bfloat16 what is in floating point, in FP32 models and in INT8 ones.
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 # torch's exporter writes opset 18. A batch of any size would be traced with two images, and PatchCore's search frozen
 # for two: one image of one size is what every model can be exported for.
