@@ -63,13 +63,16 @@ class CalibrationImages(Sequence[Array]):
         image = self.dataset[self.chosen[position // 2]].image
         if position % 2:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + position)
+                torch.default_generator.manual_seed(self.seed + position)
                 image, _ = self.generator(image)
         return image.unsqueeze(0).numpy()
 
 
 def calibration_images(datamodule: AnomalibDataModule, count: int = 300, seed: int = 0) -> Sequence[Array]:
     """Images to calibrate INT8 with, from the training images: never those to validate or test with.
+
+    Where anomalib splits the images at random, give the data module the ``seed`` of the training's, or its split is
+    another than the training's.
 
     Args:
         datamodule: The data; they are prepared and set up where they are not yet.
@@ -113,7 +116,7 @@ def _images(datamodule: AnomalibDataModule | None, name: str, seed: int = 0) -> 
     if not hasattr(datamodule, name):
         datamodule.prepare_data()
         with torch.random.fork_rng(devices=[]):  # anomalib may split data at random, by no seed of its own
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             datamodule.setup("fit")
     return getattr(datamodule, name, ())
 
@@ -122,8 +125,9 @@ def quantize(model: "Model", images: Iterable[Array]) -> "Model":
     """Quantize the convolutions between features to INT8, by NNCF's post-training quantization.
 
     These stay in floating point, which costs next to no time: convolutions of images and of anomaly maps, with at most
-    three channels, depthwise convolutions of what is at least half as large as the image, and what is no convolution.
-    Faint defects are steps of one or two gray levels, and 256 levels over the range of all images swallow them.
+    three channels, depthwise convolutions of what is about half as large as the image or larger, and what is no
+    convolution. Faint defects are steps of one or two gray levels, and 256 levels over the range of all images swallow
+    them.
 
     Args:
         model: An exported network.
@@ -319,15 +323,35 @@ def _in_floating_point(model: "Model") -> list[str]:
         model = model.clone()
         sizes = (1, IMAGE_CHANNELS, *_ANY_SIZE)
         model.reshape([d.get_length() if d.is_static else size for d, size in zip(shape, sizes, strict=True)])
-    inputs = {
-        node: list(node.get_input_shape(0)) for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS
-    }
-    height = max((size[2] for size in inputs.values() if size[1] == IMAGE_CHANNELS), default=math.inf)
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS]
+    height = max((_side(node) for node in convolutions if _channels(node) == IMAGE_CHANNELS), default=math.inf)
     return [
         node.get_friendly_name()
-        for node, (_, channels, own, _) in inputs.items()
-        if channels <= IMAGE_CHANNELS or (node.get_type_name() == "GroupConvolution" and 2 * own >= height)
+        for node in convolutions
+        # Half of the height, or a little less: images may be padded before their convolution, or not at all.
+        if _channels(node) <= IMAGE_CHANNELS or (_is_depthwise(node) and 3 * _side(node) >= height)
     ]
+
+
+def _channels(convolution: Any) -> float:
+    return _length_of(convolution.get_input_partial_shape(0)[1])
+
+
+def _side(convolution: Any) -> float:
+    """Height of what a convolution reads; 0 where it is not known, or there is none."""
+    shape = convolution.get_input_partial_shape(0)
+    side = _length_of(shape[2]) if len(shape) == 4 else math.inf
+    return 0 if math.isinf(side) else side
+
+
+def _is_depthwise(convolution: Any) -> bool:
+    # Weights are (groups, channels out of each, channels into each, ...).
+    is_grouped = convolution.get_type_name() == "GroupConvolution"
+    return is_grouped and _length_of(convolution.get_input_partial_shape(1)[2]) == 1
+
+
+def _length_of(dimension: Any) -> float:
+    return float(dimension.get_length()) if dimension.is_static else math.inf
 
 
 def fit(image: Array, model: "Model") -> Array:
