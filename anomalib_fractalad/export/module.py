@@ -18,6 +18,7 @@ from anomalib.deploy import CompressionType, ExportType
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.export import Dim
 from torchmetrics import Metric
@@ -116,7 +117,8 @@ class ExportModule(_Base):
 
         Raises:
             ValueError: If the pre-processor's transform is random, or ``input_size`` is left out and needed: where the
-                size that the network sees follows from the image's.
+                size that the network sees follows from the image's, but for FractalAD with a backbone whose
+                convolutions do not pad by the image's size, as timm's ``tf_`` models do.
         """
         self.before_export(input_size)
         kwargs = {"opset_version": EXPORT_OPSET, "verbose": False, **kwargs}
@@ -136,7 +138,8 @@ class ExportModule(_Base):
         return file
 
     def _refuse_any_size(self) -> None:
-        if self.takes_any_size:
+        # Their padding, a rounded fraction of a rounded fraction at each layer, takes torch's exporter forever.
+        if self.takes_any_size and not any(isinstance(module, Conv2dSame) for module in self.model.modules()):
             return
         resizing = "without a pre-processor"
         if self._transform is not None:

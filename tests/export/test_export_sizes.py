@@ -111,6 +111,10 @@ def test_sizes_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     for name in ("ADPS", "AAND"):
         with pytest.raises(ValueError, match=f"{name} without a pre-processor .* give input_size"):
             getattr(anomalib_fractalad, name)(**settings).to_onnx(tmp_path)
+    padded = {**settings, "backbone": "tf_efficientnet_lite0", "distillation": False}
+    with pytest.raises(ValueError, match=r"FractalAD without a pre-processor .* give input_size"):
+        anomalib_fractalad.FractalAD(**padded).to_onnx(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("small", "size"), [((16, 24), (64, 96)), ((5, 1), (18, 3)), ((7, 9), (7, 9))])
