@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from anomalib_fractalad.training.random_state import seeded
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 from .memory import quiet
@@ -62,8 +63,7 @@ class CalibrationImages(Sequence[Array]):
         position = range(len(self))[index]
         image = self.dataset[self.chosen[position // 2]].image
         if position % 2:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.seed + position)
+            with seeded(self.seed + position):
                 image, _ = self.generator(image)
         return image.unsqueeze(0).numpy()
 
@@ -115,8 +115,7 @@ def _images(datamodule: AnomalibDataModule | None, name: str, seed: int = 0) -> 
         raise ValueError(msg)
     if not hasattr(datamodule, name):
         datamodule.prepare_data()
-        with torch.random.fork_rng(devices=[]):  # anomalib may split data at random, by no seed of its own
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):  # anomalib may split data at random, by no seed of its own
             datamodule.setup("fit")
     return getattr(datamodule, name, ())
 
@@ -321,37 +320,35 @@ def _in_floating_point(model: "Model") -> list[str]:
     shape = model.input(0).get_partial_shape()
     if shape.is_dynamic:
         model = model.clone()
-        sizes = (1, IMAGE_CHANNELS, *_ANY_SIZE)
-        model.reshape([d.get_length() if d.is_static else size for d, size in zip(shape, sizes, strict=True)])
+        model.reshape([_length_of(*pair) for pair in zip(shape, (1, IMAGE_CHANNELS, *_ANY_SIZE), strict=True)])
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() in CONVOLUTIONS]
-    height = max((_side(node) for node in convolutions if _channels(node) == IMAGE_CHANNELS), default=math.inf)
+    height = max((_height(node) for node in convolutions if _channels(node) == IMAGE_CHANNELS), default=math.inf)
     return [
         node.get_friendly_name()
         for node in convolutions
         # Half of the height, or a little less: images may be padded before their convolution, or not at all.
-        if _channels(node) <= IMAGE_CHANNELS or (_is_depthwise(node) and 3 * _side(node) >= height)
+        if _channels(node) <= IMAGE_CHANNELS or (_is_depthwise(node) and 3 * _height(node) >= height)
     ]
 
 
 def _channels(convolution: Any) -> float:
-    return _length_of(convolution.get_input_partial_shape(0)[1])
+    return _length_of(convolution.get_input_partial_shape(0)[1], math.inf)
 
 
-def _side(convolution: Any) -> float:
+def _height(convolution: Any) -> float:
     """Height of what a convolution reads; 0 where it is not known, or there is none."""
     shape = convolution.get_input_partial_shape(0)
-    side = _length_of(shape[2]) if len(shape) == 4 else math.inf
-    return 0 if math.isinf(side) else side
+    return _length_of(shape[2], 0) if len(shape) == 4 else 0
 
 
 def _is_depthwise(convolution: Any) -> bool:
     # Weights are (groups, channels out of each, channels into each, ...).
     is_grouped = convolution.get_type_name() == "GroupConvolution"
-    return is_grouped and _length_of(convolution.get_input_partial_shape(1)[2]) == 1
+    return is_grouped and _length_of(convolution.get_input_partial_shape(1)[2], math.inf) == 1
 
 
-def _length_of(dimension: Any) -> float:
-    return float(dimension.get_length()) if dimension.is_static else math.inf
+def _length_of(dimension: Any, unknown: float) -> float:
+    return dimension.get_length() if dimension.is_static else unknown
 
 
 def fit(image: Array, model: "Model") -> Array:

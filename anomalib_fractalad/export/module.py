@@ -138,7 +138,7 @@ class ExportModule(_Base):
         return file
 
     def _refuse_any_size(self) -> None:
-        # Their padding, a rounded fraction of a rounded fraction at each layer, takes torch's exporter forever.
+        # Padding by the image's size is a rounded fraction of a rounded one at each layer: torch's exporter never ends.
         if self.takes_any_size and not any(isinstance(module, Conv2dSame) for module in self.model.modules()):
             return
         resizing = "without a pre-processor"

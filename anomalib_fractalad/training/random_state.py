@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The states of torch's random number generators, on every kind of device that it knows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,3 +35,17 @@ def set_random_state(state: dict[str, Any]) -> None:
             getattr(torch, kind).set_rng_state(state[kind][index].cpu(), index)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"].cpu())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed on the CPU for the duration.
+
+    Afterwards its generator goes on as before. Those of other devices are not seeded.
+
+    Args:
+        seed: The seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators, too
+        yield

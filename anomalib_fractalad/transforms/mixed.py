@@ -8,6 +8,8 @@ from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch import Tensor
 from torchvision.transforms import v2
 
+from anomalib_fractalad.training.random_state import seeded
+
 from .fractal import FractalAnomalyGenerator
 from .regions import (
     CutPasteAnomalyGenerator,
@@ -33,8 +35,7 @@ class MixedAnomalyGenerator(v2.Transform):  # type: ignore[misc]  # torchvision 
         super().__init__()
         if generators is None:
             # Perlin's generator draws a threshold when it is built. It must be the same in every process.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
+            with seeded(0):
                 perlin = PerlinAnomalyGenerator(probability=1.0)
             generators = (
                 FractalAnomalyGenerator(position_margin=0.0, wrap=False),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Transform
 
+from anomalib_fractalad.training.random_state import seeded
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 # The annotation of a model's argument: jsonargparse explains mistakes well for these types, and badly for wider ones.
@@ -150,8 +151,7 @@ def _build(choice: Mapping[str, Any], anomaly_source_path: str | Path | None = N
     try:
         config = parser.parse_object({"generator": arguments})
         # Perlin's generator draws a threshold when it is built. It must be the same in every process.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             generator: Transform = parser.instantiate_classes(config).generator
     except ArgumentError as error:
         msg = f"anomaly_generator {name}: {error}"

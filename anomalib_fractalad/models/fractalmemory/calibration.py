@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
+from anomalib_fractalad.training.random_state import seeded
 from anomalib_fractalad.transforms import (
     LightingJitter,
     MixedAnomalyGenerator,
@@ -70,8 +71,7 @@ class Calibration:
     def _prepare(self, model: FractalMemoryModel) -> None:
         """Make defects, always the same, and compare all images with the memory."""
         generator = MixedAnomalyGenerator([ScratchAnomalyGenerator(), SwirlAnomalyGenerator()])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             for stored, owner in zip(self.images, self.owners, strict=True):
                 image = stored.to(model.memory.items.device).float().unsqueeze(0)
                 hidden = model.memory.hide(owner.unsqueeze(0), torch.ones(1))
