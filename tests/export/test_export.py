@@ -106,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str,
         engine = small_engine(tmp_path_factory.mktemp(name), max_epochs=9, check_val_every_n_epoch=9)
         engine.fit(model, datamodule=data)
         if name == "FractalMemory":
-            model.model.gate.strength.fill_(0.5)  # whatever the calibration has found
+            model.model.vote.weight.fill_(1)  # whatever the calibration has found
             engine.validate(model, datamodule=data)
         checkpoint = tmp_path_factory.mktemp("checkpoint") / f"{name}.ckpt"
         engine.trainer.save_checkpoint(checkpoint)

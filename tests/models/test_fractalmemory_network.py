@@ -12,9 +12,10 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_fractalad.models.components import ImageScore
 from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemoryModel
 from anomalib_fractalad.models.fractalmemory.gathering import MOST_HELD, Gathering
-from anomalib_fractalad.models.fractalmemory.head import BoundedGate, ResidualHead
+from anomalib_fractalad.models.fractalmemory.head import BoundedVote, ResidualHead
 from anomalib_fractalad.models.fractalmemory.loss import SegmentationLoss
 from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory, _nearest
+from anomalib_fractalad.models.fractalmemory.saturation import Saturation
 from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
 from anomalib_fractalad.models.fractalmemory.statistics import (
     REGULARIZATION,
@@ -78,7 +79,7 @@ def test_levels_are_scaled_by_their_range_over_normal_places_and_weighed() -> No
     candidates, owners = torch.randn(90, 9) * torch.tensor([1.0] * 2 + [3.0] * 3 + [10.0] * 4), torch.arange(90) % 6
     memory = FeatureMemory(90, CHANNELS)
     memory.fill(candidates, owners[:, None].expand(-1, 3))
-    found = level_scales(memory, candidates, owners, (4.0, 2.0, 1.0))
+    scales, usual, spread = level_scales(memory, candidates, owners, (4.0, 2.0, 1.0))
     others = torch.where(owners[:, None] == owners, torch.inf, 0)
     medians, ranges = [], []
     for level in torch.split(candidates, CHANNELS, dim=1):
@@ -87,7 +88,8 @@ def test_levels_are_scaled_by_their_range_over_normal_places_and_weighed() -> No
         ranges.append(nearest.quantile(0.995) - medians[-1])
     expected = torch.tensor([4.0, 2.0, 1.0]) / torch.stack(ranges)
     expected /= expected @ torch.stack(medians)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    for found, second_way in ((scales, expected), (usual, torch.stack(medians)), (spread, torch.stack(ranges))):
+        torch.testing.assert_close(found, second_way, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -95,7 +97,7 @@ def test_normal_places_that_are_all_alike_are_no_fault(images: int) -> None:
     candidates, owners = torch.ones(20, 9), torch.arange(20) % images
     memory = FeatureMemory(10, CHANNELS)
     memory.fill(candidates[:10], owners[:10, None].expand(-1, 3))
-    scales = level_scales(memory, candidates, owners)
+    scales, _, _ = level_scales(memory, candidates, owners)
     torch.testing.assert_close(scales, torch.full((3,), 1 / (3 * SMALLEST_DISTANCE)))
 
 
@@ -294,7 +296,9 @@ def teacher(images: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(dtype: torch.dtype) -> None:
     images, owner = torch.rand(6, 3, 32, 48), torch.tensor([5, 5, 3, 2, 1, 0])
-    network = SimpleNamespace(memory=FeatureMemory(30, [8, 8, 8]), descriptor=Descriptor([8, 8, 8]))
+    network = SimpleNamespace(
+        memory=FeatureMemory(30, [8, 8, 8]), descriptor=Descriptor([8, 8, 8]), saturation=Saturation(3)
+    )
     network.memory.to(dtype), network.descriptor.to(dtype)
     gathering = Gathering([8, 8, 8], 1000, torch.device("cpu"))
     for part in (slice(0, 4), slice(4, 6)):
@@ -307,9 +311,14 @@ def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(d
         found = torch.split(network.memory.items, 8, dim=1)[number]
         torch.testing.assert_close(found, level[farthest], atol=1e-3, rtol=1e-3)
         assert torch.equal(network.memory.owners[:, number], owner.repeat_interleave(len(places) // 6)[farthest])
-    # New images of the kind lie as far as normal ones do: at 1.
-    usual = network.memory.distance(network.descriptor(teacher(torch.rand(50, 3, 32, 48)))).median()
-    assert 0.6 < usual < 1.4
+    # New images of the kind lie as far as normal ones do: at 1 in all.
+    distances = network.memory.distances(network.descriptor(teacher(torch.rand(50, 3, 32, 48))))
+    assert 0.6 < distances.sum(dim=1).median() < 1.4
+    levels = distances.movedim(1, -1).flatten(0, 2)
+    assert network.saturation.usual.sum() == pytest.approx(1)
+    usual, rare = (levels.quantile(share, dim=0).float() for share in (0.5, 0.995))
+    torch.testing.assert_close(network.saturation.usual, usual, atol=0, rtol=0.4)
+    torch.testing.assert_close(network.saturation.usual + network.saturation.spread, rare, atol=0, rtol=0.4)
 
 
 def test_what_is_gathered_is_bounded() -> None:
@@ -333,29 +342,57 @@ def test_the_head_sees_the_residual_relative_to_the_image() -> None:
     torch.testing.assert_close(head(3 * residual, 3 * distance), logits)
 
 
-def test_a_gate_changes_a_distance_within_bounds() -> None:
-    gate = BoundedGate()
+def test_a_vote_adds_to_a_map_within_bounds() -> None:
+    vote, spread = BoundedVote(), torch.tensor(0.3)
     distance, logit = torch.rand(1, 1, 20, 20), 100 * torch.randn(1, 1, 20, 20)
-    torch.testing.assert_close(gate(distance, logit), distance)  # a head that is not trained does not count
-    gate.strength.fill_(math.log(1.5))
-    factor = gate(distance, logit) / distance
-    torch.testing.assert_close(factor.aminmax(), torch.return_types.aminmax([torch.tensor(1 / 1.5), torch.tensor(1.5)]))
-    assert ((factor > 1) == (logit > 0)).all()
-    torch.testing.assert_close(gate(distance, torch.full_like(logit, 4.0)), distance * 1.5 ** math.tanh(1))
+    torch.testing.assert_close(vote(distance, logit, spread), distance)  # a head that is not trained does not count
+    vote.weight.fill_(2)
+    added = vote(distance, logit, spread) - distance
+    torch.testing.assert_close(added.aminmax(), torch.return_types.aminmax([torch.tensor(0.0), torch.tensor(0.6)]))
+    assert ((added > 0.3) == (logit > 0)).all()
+    expected = distance + 0.6 / (1 + math.exp(-1.5))
+    torch.testing.assert_close(vote(distance, torch.full_like(logit, 3.0), spread), expected)
+
+
+def test_a_level_saturates_beyond_the_usual() -> None:
+    saturation = Saturation(2)
+    saturation.usual.copy_(torch.tensor([0.4, 0.6])), saturation.spread.copy_(torch.tensor([0.2, 0.1]))
+    for level, (usual, spread) in enumerate([(0.4, 0.2), (0.6, 0.1)]):
+        distances = torch.tensor([0.4, 0.6]).repeat(5, 1)
+        distances[:, level] = usual + spread * torch.tensor([-0.01, 0, 0.01, 1, 1e3])
+        found = saturation(distances[..., None, None]).flatten() - 1
+        expected = spread * torch.tensor([-0.01, 0, 0.01, math.tanh(1), 1])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    # Nothing is negative, and no order of a level is lost.
+    rising = torch.linspace(0, 0.8, 50).repeat(2, 1).mT[..., None, None]
+    found = saturation(rising).flatten()
+    assert (found >= 0).all()
+    assert (found.diff() > 0).all()
+    twice = Saturation(2, 2.0)
+    twice.load_state_dict(saturation.state_dict())
+    assert twice(torch.full((1, 2, 1, 1), 1e3)).item() == pytest.approx(1 + 0.3 / 2)
+    off = Saturation(2, 0.0)
+    distances = 10 * torch.rand(1, 2, 3, 3)
+    assert torch.equal(off(distances), distances.sum(dim=1, keepdim=True))
 
 
 @torch.no_grad()
-def test_the_head_changes_the_map_and_never_the_score() -> None:
-    network = FractalMemoryModel("test_resnet", pre_trained=False, head=True).eval()
+@pytest.mark.parametrize("saturation", [0.0, 1.0])
+def test_saturation_and_head_change_the_map_and_never_the_score(saturation: float) -> None:
+    network = FractalMemoryModel("test_resnet", pre_trained=False, head=True, saturation=saturation).eval()
+    network.saturation.usual.fill_(0.3)
     images = torch.rand(2, 3, 64, 64)
-    plain = network(images)
-    network.gate.strength.fill_(1.0)
-    refined = network(images)
-    assert torch.equal(refined.pred_score, plain.pred_score)
-    assert not torch.allclose(refined.anomaly_map, plain.anomaly_map, rtol=0.01)
-    alone = FractalMemoryModel("test_resnet", pre_trained=False).eval()
+    without_vote = network(images)
+    network.vote.weight.fill_(1.0)
+    with_vote = network(images)
+    assert not torch.allclose(with_vote.anomaly_map, without_vote.anomaly_map, rtol=0.01)
+    alone = FractalMemoryModel("test_resnet", pre_trained=False, saturation=saturation).eval()
     alone.load_state_dict(network.state_dict(), strict=False)
-    torch.testing.assert_close(alone(images), plain)
+    torch.testing.assert_close(alone(images), without_vote)
+    alone.saturation.strength = 5.0
+    assert not torch.allclose(alone(images).anomaly_map, without_vote.anomaly_map, rtol=0.01)
+    assert torch.equal(with_vote.pred_score, without_vote.pred_score)
+    torch.testing.assert_close(alone(images).pred_score, without_vote.pred_score)
 
 
 @torch.no_grad()
@@ -364,23 +401,29 @@ def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
     channels = network.teacher.channels
     items = torch.randn(60, sum(channels))
     network.memory.fill(items, torch.zeros(60, 3))
-    network.gate.strength.fill_(0.4)
+    network.vote.weight.fill_(0.7)
+    usual, spread = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    network.saturation.usual.copy_(usual), network.saturation.spread.copy_(spread)
     images = torch.rand(2, 3, 64, 96)
     query = network.descriptor(network.teacher(images)).movedim(1, -1)
-    distance, residuals = torch.zeros(2, 1, *query.shape[1:3]), []
-    for level, level_items in zip(*(torch.split(rows, channels, dim=-1) for rows in (query, items)), strict=True):
+    distance, saturated, residuals = *torch.zeros(2, 2, 1, *query.shape[1:3]), []
+    for number, (level, level_items) in enumerate(
+        zip(*(torch.split(rows, channels, dim=-1) for rows in (query, items)), strict=True)
+    ):
         far, nearest = torch.cdist(level, level_items).min(dim=-1)
-        distance += far.unsqueeze(1) / level_items.shape[1] ** 0.5
+        far = far.unsqueeze(1) / level_items.shape[1] ** 0.5
+        distance += far
+        saturated += usual[number] + spread[number] * ((far - usual[number]) / spread[number]).tanh()
         residuals.append(level - level_items[nearest])
     logit = network.head(torch.cat(residuals, dim=-1).movedim(-1, 1), distance)
-    fine = F.interpolate(distance, scale_factor=2, mode="bilinear")
+    fine, shown = (F.interpolate(maps, scale_factor=2, mode="bilinear") for maps in (distance, saturated))
 
     def smoothed(maps: torch.Tensor) -> torch.Tensor:
         large = F.interpolate(maps, (64, 96), mode="bilinear").numpy()
         return torch.from_numpy(gaussian_filter(large, 2, axes=(-2, -1)))
 
     prediction = network(images)
-    refined = smoothed(fine * (0.4 * (logit / 4).tanh()).exp()).log1p()
+    refined = smoothed(shown + 0.7 * 0.5 / (1 + (-logit / 2).exp())).log1p()
     torch.testing.assert_close(prediction.anomaly_map, refined, atol=1e-4, rtol=1e-4)
     top = smoothed(fine).flatten(1).sort(descending=True).values[:, :31].mean(dim=1)  # 0.5 % of the pixels
     torch.testing.assert_close(prediction.pred_score, top.log1p(), atol=1e-4, rtol=1e-4)
@@ -423,7 +466,11 @@ def test_the_network_is_as_large_as_told() -> None:
     with torch.no_grad():
         prediction = network.eval()(torch.rand(2, 3, 64, 96))
     assert prediction.anomaly_map.shape == (2, 1, 64, 96)
-    torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
+    plain = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=30, sigma=2, score="max", saturation=0)
+    plain.load_state_dict(network.state_dict(), strict=False)
+    with torch.no_grad():
+        distance = plain.eval()(torch.ones(2, 3, 64, 96))
+    torch.testing.assert_close(distance.pred_score, distance.anomaly_map.amax((1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -445,6 +492,7 @@ def test_other_teachers_of_timm_do(backbone: str, channels: list[int]) -> None:
     [
         ({"memory_size": 0}, "memory_size is 0"),
         ({"memory_size": 100, "reservoir_size": 50}, "reservoir_size is 50; it must be at least memory_size"),
+        ({"saturation": -1}, "saturation is -1; it must be 0 or more"),
         ({"lighting": -0.5}, "lighting is -0.5; it must be 0 or more"),
         ({"part_pattern": "("}, "part_pattern is '\\('.* no regular expression"),
         ({"width": -1}, "width is -1"),
@@ -464,5 +512,5 @@ def test_the_distance_alone_is_that_of_the_comparison() -> None:
     channels = sum(network.teacher.channels)
     network.memory.fill(torch.randn(60, channels), torch.zeros(60, 3))
     features = network.teacher(torch.rand(2, 3, 64, 96))
-    _, distance = network.compare(features)
-    torch.testing.assert_close(network.distance(features), distance)
+    _, distances = network.compare(features)
+    torch.testing.assert_close(network.distances(features), distances)

@@ -13,7 +13,7 @@ from conftest import make_tiles, small_engine
 from lightning import Callback, seed_everything
 
 from anomalib_fractalad.models.fractalmemory import FractalMemory
-from anomalib_fractalad.models.fractalmemory.calibration import STRENGTHS
+from anomalib_fractalad.models.fractalmemory.calibration import WEIGHTS
 from anomalib_fractalad.models.fractalmemory.stages import Stage
 from anomalib_fractalad.transforms import LightingJitter
 
@@ -141,10 +141,10 @@ def test_a_head_that_does_harm_does_not_count(trained: Any) -> None:
         return logit
 
     try:
-        for sign, trained_head, strength in ((-1, True, 0), (1, True, max(STRENGTHS)), (1, False, 0)):
+        for sign, trained_head, weight in ((-1, True, 0), (1, True, max(WEIGHTS)), (1, False, 0)):
             network.head.forward = oracle(sign)
             calibrate(network, trained=trained_head)
-            assert network.gate.strength.item() == pytest.approx(strength, abs=1e-6)
+            assert network.vote.weight.item() == pytest.approx(weight, abs=1e-6)
     finally:
         del network.head.forward
         network.load_state_dict(state)
@@ -162,7 +162,7 @@ def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path
     engine.fit(model, datamodule=tiles)
     assert not model.is_untrained()
     assert model.model.memory.items.count_nonzero() > 0
-    assert model.model.gate.strength == 0
+    assert model.model.vote.weight == 0
     # What changes no prediction of a trained model, and the score and the smoothing, may be given anew.
     checkpoint = tmp_path / "model.ckpt"
     engine.trainer.save_checkpoint(checkpoint)
@@ -199,7 +199,9 @@ def test_a_memory_of_changed_light_minds_it_less(tile_root: Path, tmp_path: Path
         torch.manual_seed(3)
         changed = LightingJitter()(images)
         with torch.no_grad():
-            plain, other = (model.model.distance(model.model.teacher(part)).mean() for part in (images, changed))
+            plain, other = (
+                model.model.distances(model.model.teacher(part)).sum(dim=1).mean() for part in (images, changed)
+            )
         excess.append(float(other / plain))
         assert len(model.model.memory.owners.unique()) == 8
     assert 1 < excess[1] < 0.5 * excess[0]

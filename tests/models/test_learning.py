@@ -146,7 +146,8 @@ def test_the_head_of_fractalmemory_tells_anomalies(lessons: Callable[[str], Less
     _, anomalous, mask = held_out()
     lesson = lessons("FractalMemory")
     network = lesson.model.model
-    residual, distance = network.compare(network.teacher(anomalous))
+    residual, distances = network.compare(network.teacher(anomalous))
+    distance = distances.sum(dim=1, keepdim=True)
     where = covered(mask, distance) > 0.3
     for head, tells in ((lesson.start.head, False), (network.head, True)):
         logit = F.avg_pool2d(head.eval()(residual, distance), 2)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much the head may change the distance, from images that it never saw."""
+"""Whether the head has a vote in the map, by images that it never saw."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from anomalib_fractalad.transforms import (
 from .gathering import Gathering
 from .torch_model import FractalMemoryModel
 
-STRENGTHS = (0.0, math.log(1.5))  # more would serve made defects, and not real ones everywhere
+WEIGHTS = (0.0, 1.0)  # more would serve made defects, and not real ones everywhere
 PIXEL_STEP = 4
 
 
@@ -28,14 +27,14 @@ class _Sample:
     """An image, compared with a memory without its own part."""
 
     residual: Tensor
-    distance: Tensor
+    distances: Tensor
     mask: Tensor
 
 
 class Calibration:
-    """Sets the strength of a model's gate by the images that the gathering has kept aside.
+    """Sets what the vote of a model's head counts by the images that the gathering has kept aside.
 
-    Each gets a defect of a kind that the head is not trained on, as it is and in another light. The strength is the one
+    Each gets a defect of a kind that the head is not trained on, as it is and in another light. The weight is the one
     that finds these best among all the pixels: 0, where the head does more harm than good.
 
     Args:
@@ -50,7 +49,7 @@ class Calibration:
 
     @torch.no_grad()
     def __call__(self, model: FractalMemoryModel, *, trained: bool) -> None:
-        """Set the strength of a model's gate.
+        """Set what the vote of a model's head counts.
 
         Args:
             model: The network, which has a head and whose memory is filled.
@@ -59,13 +58,13 @@ class Calibration:
         head = model.trained_head
         if not self._samples:
             self._prepare(model)
-        model.gate.strength.zero_()
+        model.vote.weight.zero_()
         if not trained or not any(sample.mask.any() for sample in self._samples):
             return
         training = head.training
         head.eval()
-        precision = {strength: self._precision(model, strength) for strength in STRENGTHS}
-        model.gate.strength.fill_(max(precision, key=lambda strength: precision[strength]))
+        precision = {weight: self._precision(model, weight) for weight in WEIGHTS}
+        model.vote.weight.fill_(max(precision, key=lambda weight: precision[weight]))
         head.train(training)
 
     def _prepare(self, model: FractalMemoryModel) -> None:
@@ -80,10 +79,10 @@ class Calibration:
                     for pixels, truth in ((light, torch.zeros_like(mask)), (anomalous, mask)):
                         self._samples.append(_Sample(*model.compare(model.teacher(pixels), hidden), truth > 0))
 
-    def _precision(self, model: FractalMemoryModel, strength: float) -> float:
-        """Average precision of pixels with a gate of this strength."""
-        model.gate.strength.fill_(strength)
-        maps = torch.cat([model.refined_map(s.residual, s.distance, s.mask.shape[-2:])[1] for s in self._samples])
+    def _precision(self, model: FractalMemoryModel, weight: float) -> float:
+        """Average precision of pixels with a vote of this weight."""
+        model.vote.weight.fill_(weight)
+        maps = torch.cat([model.refined_map(s.residual, s.distances, s.mask.shape[-2:])[1] for s in self._samples])
         masks = torch.cat([sample.mask for sample in self._samples])
         pixels, truth = (part[..., ::PIXEL_STEP, ::PIXEL_STEP].flatten() for part in (maps, masks))
         return float(binary_average_precision(pixels / pixels.max(), truth.long()))  # in [0, 1], so without a sigmoid

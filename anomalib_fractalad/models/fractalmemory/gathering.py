@@ -87,7 +87,9 @@ class Gathering:
         values, owners = self.reservoir.sample
         if dist.is_available() and dist.is_initialized():
             values, owners = self._share(values, owners)
-        fill_memory(model.memory, model.descriptor, self.moments, values, owners, level_weights)
+        usual, spread = fill_memory(model.memory, model.descriptor, self.moments, values, owners, level_weights)
+        model.saturation.usual.copy_(usual)
+        model.saturation.spread.copy_(spread)
         self.moments, self.reservoir = Moments(self.moments.channels), Reservoir(1, 1)  # no longer needed
         self.finished = True
 

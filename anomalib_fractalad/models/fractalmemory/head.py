@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head on the residual, and how far it may change the distance."""
+"""The head on the residual, and what it may add to the map."""
 
 import torch
 from torch import Tensor, nn
 
-SOFTNESS = 4.0  # logits well beyond count no more
+SOFTNESS = 2.0  # logits well beyond count no more
 
 
 class ResidualHead(nn.Module):
@@ -55,27 +55,28 @@ class ResidualHead(nn.Module):
         return logits
 
 
-class BoundedGate(nn.Module):
-    """Multiplies a distance by a factor that a logit chooses, within bounds.
+class BoundedVote(nn.Module):
+    """Adds what a logit says to a map, at most as much as a level that is saturated.
 
     Attributes:
-        strength: Logarithm of the largest factor, (); 0 leaves the distance as it is.
+        weight: What the logit counts, (); at 0, nothing.
     """
 
-    strength: Tensor
+    weight: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("strength", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(()))
 
-    def forward(self, distance: Tensor, logit: Tensor) -> Tensor:
-        """Gate a map.
+    def forward(self, distance: Tensor, logit: Tensor, spread: Tensor) -> Tensor:
+        """Add a vote to a map.
 
         Args:
             distance: (B, 1, H, W).
             logit: (B, 1, H, W).
+            spread: Range of a level's distance over normal places, ().
 
         Returns:
-            (B, 1, H, W), at least distance / e^strength and at most distance * e^strength.
+            (B, 1, H, W), at least distance and at most distance + weight * spread.
         """
-        return distance * (self.strength * torch.tanh(logit / SOFTNESS)).exp()
+        return distance + self.weight * spread * torch.sigmoid(logit / SOFTNESS)

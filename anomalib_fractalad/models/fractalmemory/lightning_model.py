@@ -64,6 +64,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
             memory it bounds what is held, however many images there are.
         level_weights: What the levels at strides 4, 8 and 16 count in the distance. Before that, each level's distance
             is divided by its range over normal places.
+        saturation: How early a level's distance saturates in the map: beyond its median over normal places, it counts
+            for at most its range over these, divided by this number. At 0 it counts in full, and the surroundings of a
+            strong defect come to more than a weak one.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
         lighting: Strength of the change of light in two copies of each training image, which count as normal, too. At
@@ -116,6 +119,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         memory_size: int = 2000,
         reservoir_size: int = 80_000,
         level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        saturation: float = 1.0,
         part_pattern: str | None = None,
         lighting: float = 0.0,
         head: bool = False,
@@ -152,7 +156,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.light_jitter = LightingJitter(lighting, noise=0)
         self.generator = MixedAnomalyGenerator()
         self.model = FractalMemoryModel(
-            backbone, pre_trained, memory_size, head, width, sigma, score, top_share, weights
+            backbone, pre_trained, memory_size, saturation, head, width, sigma, score, top_share, weights
         )
         self.loss = SegmentationLoss()
         self.set_roi(roi)
@@ -279,7 +283,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
             features = self.model.teacher(torch.cat([anomalous, images[normal]]))
             # A poor memory is farther from what is normal, as the full one is from new images.
             share = SMALLEST_SHARE ** torch.rand(len(owner))
-            residual, distance = self.model.compare(features, self.model.memory.hide(owner, share))
+            residual, distances = self.model.compare(features, self.model.memory.hide(owner, share))
+            distance = distances.sum(dim=1, keepdim=True)
         mask = F.interpolate(mask, size=[2 * side for side in distance.shape[-2:]], mode="area")
         for axis in (-1, -2):
             if torch.rand(()) < 0.5:
@@ -335,6 +340,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         super().apply_arguments(arguments)
         self.model.score = ImageScore(arguments["score"], arguments["top_share"])
         self.model.smooth = GaussianSmoothing(arguments["sigma"]).to(self.device)
+        self.model.saturation.strength = arguments["saturation"]
 
     def is_untrained(self) -> bool:
         """Whether the memory is empty; a head that never took a step does not count."""

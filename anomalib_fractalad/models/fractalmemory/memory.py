@@ -157,31 +157,20 @@ class FeatureMemory(nn.Module):
             found.append(F.embedding(index, items).permute(0, 3, 1, 2))
         return torch.cat(found, dim=1)
 
-    def distance(self, query: Tensor) -> Tensor:
-        """Measure how far the nearest items are, without telling which they are, which takes longer.
+    def distances(self, query: Tensor) -> Tensor:
+        """Measure how far each level's nearest item is, without telling which it is, which takes longer.
 
         Args:
             query: (B, C, H, W).
 
         Returns:
-            What :meth:`length` gives of the difference, (B, 1, H, W).
+            What :meth:`lengths` gives of the difference, (B, S, H, W).
         """
         squares = [
             _compare(level, items).amin(dim=1, keepdim=True) + level.square().sum(dim=1, keepdim=True)
             for level, items in self._levels(query)
         ]
-        return self._roots(squares).sum(dim=1, keepdim=True)
-
-    def length(self, residual: Tensor) -> Tensor:
-        """Measure differences from nearest items.
-
-        Args:
-            residual: (B, C, H, W).
-
-        Returns:
-            The sum of :meth:`lengths` over levels, (B, 1, H, W).
-        """
-        return self.lengths(residual).sum(dim=1, keepdim=True)
+        return self._roots(squares)
 
     def lengths(self, residual: Tensor) -> Tensor:
         """Measure differences from nearest items, level by level.

@@ -246,7 +246,7 @@ def fill_memory(
     values: Tensor,
     owners: Tensor,
     level_weights: Sequence[float] = (1.0, 1.0, 1.0),
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Set a descriptor, fill a memory with the candidates that lie farthest from each other, and scale both by level.
 
     Args:
@@ -256,6 +256,9 @@ def fill_memory(
         values: Extended averages of the candidates, (n, C + S).
         owners: Numbers of their owners, (n,).
         level_weights: As for :func:`level_scales`.
+
+    Returns:
+        What each level's distance is at a usual normal place, and how far that of a rare one lies beyond it, (S,) each.
     """
     affine = moments.fit(descriptor)
     candidates = F.linear(values, affine[:, :-1], affine[:, -1])
@@ -264,16 +267,19 @@ def fill_memory(
     chosen = [farthest_points(level, count) for level in levels]
     items = torch.cat([level[rows] for level, rows in zip(levels, chosen, strict=True)], dim=1)
     memory.fill(items, torch.stack([owners[rows] for rows in chosen], dim=1))
-    scales = level_scales(memory, candidates.to(memory.items), owners.to(memory.items.device), level_weights)
-    scales = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
-    memory.items *= scales
-    descriptor.whiten *= scales.unsqueeze(1)
-    descriptor.shift *= scales
+    scales, usual, spread = level_scales(
+        memory, candidates.to(memory.items), owners.to(memory.items.device), level_weights
+    )
+    factors = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
+    memory.items *= factors
+    descriptor.whiten *= factors.unsqueeze(1)
+    descriptor.shift *= factors
+    return scales * usual, scales * spread
 
 
 def level_scales(
     memory: FeatureMemory, candidates: Tensor, owners: Tensor, level_weights: Sequence[float] = (1.0, 1.0, 1.0)
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factors that make the levels' distances comparable.
 
     A level's distance is divided by its range over normal places, from the median to the 99.5 % quantile. All are
@@ -287,7 +293,7 @@ def level_scales(
         level_weights: What the levels count after that.
 
     Returns:
-        (S,).
+        The factors, the medians and the ranges, these without the factors, (S,) each.
     """
     rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
     distances = []
@@ -296,8 +302,9 @@ def level_scales(
         distances.append(memory.lengths(query - memory(query, memory.own(owners[part]))).flatten(1))
     distance = torch.cat(distances)
     usual, rare = (torch.quantile(distance, share, dim=0).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
-    scales = distance.new_tensor(level_weights) / (rare - usual).clamp(min=SMALLEST_DISTANCE)
-    return scales / (scales * usual).sum()
+    spread = (rare - usual).clamp(min=SMALLEST_DISTANCE)
+    scales = distance.new_tensor(level_weights) / spread
+    return scales / (scales * usual).sum(), usual, spread
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:

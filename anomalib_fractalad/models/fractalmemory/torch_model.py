@@ -21,19 +21,21 @@ from anomalib_fractalad.models.components import (
 )
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
-from .head import BoundedGate, ResidualHead
+from .head import BoundedVote, ResidualHead
 from .memory import Descriptor, FeatureMemory
+from .saturation import Saturation
 
 STRIDES = (4, 8, 16)
 
 
 class FractalMemoryModel(AnomalyNetwork):
-    """Distances to the nearest normal features, and a segmentation of the difference from it.
+    """Distances to the nearest normal features, and a segmentation of the difference from them.
 
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16.
         pre_trained: Load ImageNet weights into the teacher.
         memory_size: Number of normal descriptors that the memory holds of each level.
+        saturation: How early a level's distance saturates in the map, see :class:`Saturation`. At 0, it does not.
         head: Whether there is a head.
         width: Channels of the head.
         sigma: Standard deviation in pixels of the smoothing of maps.
@@ -51,6 +53,7 @@ class FractalMemoryModel(AnomalyNetwork):
         backbone: str = "tf_efficientnet_lite0",
         pre_trained: bool = True,
         memory_size: int = 2000,
+        saturation: float = 1.0,
         head: bool = False,
         width: int = 64,
         sigma: int = 4,
@@ -65,7 +68,8 @@ class FractalMemoryModel(AnomalyNetwork):
         channels = sum(self.teacher.channels)
         self.memory = FeatureMemory(memory_size, self.teacher.channels)
         self.head = ResidualHead(channels, width) if head else None
-        self.gate = BoundedGate()
+        self.saturation = Saturation(len(self.teacher.channels), saturation)
+        self.vote = BoundedVote()
         self.upsample = Upsample()
         self.smooth = GaussianSmoothing(sigma)
 
@@ -76,11 +80,11 @@ class FractalMemoryModel(AnomalyNetwork):
             images: (B, 3, H, W), values in [0, 1].
 
         Returns:
-            The distance, (B, 1, H, W), and with a head the refined distance as a second channel.
+            The distance, and if there is saturation or a head, what the map is made of: (B, 1 or 2, H, W).
         """
         features = self.teacher(images)
-        residual, distance = (None, self.distance(features)) if self.head is None else self.compare(features)
-        return self._maps(residual, distance, images.shape[-2:])
+        residual, distances = (None, self.distances(features)) if self.head is None else self.compare(features)
+        return self._maps(residual, distances, images.shape[-2:])
 
     def finish(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Smooth maps and take their logarithm.
@@ -90,30 +94,34 @@ class FractalMemoryModel(AnomalyNetwork):
 
         Returns:
             Scores (B,) and anomaly maps (B, 1, H, W), from 0 on: log(1 + x) of the distance, of which 1 is normal. The
-            score is the distance's, whatever the head says.
+            score is that of the plain distance, whatever saturation and head make of the map.
         """
         score, anomaly_map = self._smoothed(maps, self.region)
         return score, self.within_region(anomaly_map)
 
-    def refined_map(self, residual: Tensor, distance: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def refined_map(self, residual: Tensor, distances: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Predict scores and maps of images that have been compared.
 
         Args:
             residual: (B, C, h, w).
-            distance: (B, 1, h, w).
+            distances: (B, S, h, w).
             size: Height and width of the images.
 
         Returns:
             Scores (B,) and maps (B, 1, H, W).
         """
-        return self._smoothed(self._maps(residual, distance, size))
+        return self._smoothed(self._maps(residual, distances, size))
 
-    def _maps(self, residual: Tensor | None, distance: Tensor, size: Sequence[int]) -> Tensor:
+    def _maps(self, residual: Tensor | None, distances: Tensor, size: Sequence[int]) -> Tensor:
         # As fine as the head's logit. An export smooths in the same product that it upsamples in: this is not for it.
-        fine = resize(distance, [2 * side for side in distance.shape[-2:]])
-        maps = [fine]
+        fine = [2 * side for side in distances.shape[-2:]]
+        distance = distances.sum(dim=1, keepdim=True)
+        maps = [resize(distance, fine)]
+        if self.saturation.strength or self.head is not None:
+            maps.append(resize(self.saturation(distances), fine))
         if self.head is not None and residual is not None:
-            maps.append(self.gate(fine, at_least_float32(self.head(residual, distance))))
+            logit = at_least_float32(self.head(residual, distance))
+            maps[-1] = self.vote(maps[-1], logit, self.saturation.spread.mean())
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
@@ -127,17 +135,17 @@ class FractalMemoryModel(AnomalyNetwork):
         """The head of a network that has one."""
         return cast("ResidualHead", self.head)
 
-    def distance(self, features: Sequence[Tensor]) -> Tensor:
-        """Measure the distance from the memory, without autocast; the same as :meth:`compare`'s.
+    def distances(self, features: Sequence[Tensor]) -> Tensor:
+        """Measure each level's distance from the memory, without autocast; the same as :meth:`compare`'s.
 
         Args:
             features: The teacher's, (B, C_i, H_i, W_i) for each level.
 
         Returns:
-            (B, 1, H, W).
+            (B, S, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            return self.memory.distance(self.descriptor(features))
+            return self.memory.distances(self.descriptor(features))
 
     def compare(self, features: Sequence[Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compare features with the memory, without autocast.
@@ -147,10 +155,10 @@ class FractalMemoryModel(AnomalyNetwork):
             hidden: Items that are passed over, boolean (B, N, S). Left out, none are.
 
         Returns:
-            Whitened residual to each level's nearest item, (B, C, H, W) with C the sum of C_i, and the distance, the
-            sum of its root mean square over each level's channels, (B, 1, H, W).
+            Whitened residual to each level's nearest item, (B, C, H, W) with C the sum of C_i, and the levels'
+            distances, its root mean square over each level's channels, (B, S, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
             query = self.descriptor(features)
             residual = query - self.memory(query, hidden)
-            return residual, self.memory.length(residual)
+            return residual, self.memory.lengths(residual)
