@@ -199,9 +199,8 @@ def test_a_memory_of_changed_light_minds_it_less(tile_root: Path, tmp_path: Path
         torch.manual_seed(3)
         changed = LightingJitter()(images)
         with torch.no_grad():
-            plain, other = (
-                model.model.distances(model.model.teacher(part)).sum(dim=1).mean() for part in (images, changed)
-            )
+            network = model.model
+            plain, other = (network.distances(network.teacher(part)).sum(dim=1).mean() for part in (images, changed))
         excess.append(float(other / plain))
         assert len(model.model.memory.owners.unique()) == 8
     assert 1 < excess[1] < 0.5 * excess[0]
