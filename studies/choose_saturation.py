@@ -74,8 +74,12 @@ def quality(model: FractalMemory, maps: Tensor, scores: Tensor, masks: Tensor) -
     regions = AUPRO(["maps", "masks"])
     regions.update(SimpleNamespace(maps=maps.squeeze(1), masks=masks))
     return [
-        *(float(binary_auroc(found / found.max(), labels)) for found in (scores, model.model.score(maps))),
-        float(binary_average_precision((maps / maps.max()).flatten(), masks.flatten().long())),
+        *(float(binary_auroc(found, labels)) for found in (scores, model.model.score(maps))),
+        float(
+            binary_average_precision(
+                ((maps - maps.min()) / (maps.max() - maps.min())).flatten(), masks.flatten().long()
+            )
+        ),
         float(regions.compute()),
     ]
 

@@ -343,37 +343,37 @@ def test_the_head_sees_the_residual_relative_to_the_image() -> None:
 
 
 def test_a_vote_adds_to_a_map_within_bounds() -> None:
-    vote, spread = BoundedVote(), torch.tensor(0.3)
+    vote, level = BoundedVote(), torch.tensor(0.3)
     distance, logit = torch.rand(1, 1, 20, 20), 100 * torch.randn(1, 1, 20, 20)
-    torch.testing.assert_close(vote(distance, logit, spread), distance)  # a head that is not trained does not count
+    torch.testing.assert_close(vote(distance, logit, level), distance)  # a head that is not trained does not count
     vote.weight.fill_(2)
-    added = vote(distance, logit, spread) - distance
+    added = vote(distance, logit, level) - distance
     torch.testing.assert_close(added.aminmax(), torch.return_types.aminmax([torch.tensor(0.0), torch.tensor(0.6)]))
     assert ((added > 0.3) == (logit > 0)).all()
     expected = distance + 0.6 / (1 + math.exp(-1.5))
-    torch.testing.assert_close(vote(distance, torch.full_like(logit, 3.0), spread), expected)
+    torch.testing.assert_close(vote(distance, torch.full_like(logit, 3.0), level), expected)
 
 
-def test_a_level_saturates_beyond_the_usual() -> None:
+def test_levels_saturate_beyond_the_usual() -> None:
     saturation = Saturation(2)
     saturation.usual.copy_(torch.tensor([0.4, 0.6])), saturation.spread.copy_(torch.tensor([0.2, 0.1]))
     for level, (usual, spread) in enumerate([(0.4, 0.2), (0.6, 0.1)]):
         distances = torch.tensor([0.4, 0.6]).repeat(5, 1)
         distances[:, level] = usual + spread * torch.tensor([-0.01, 0, 0.01, 1, 1e3])
-        found = saturation(distances[..., None, None]).flatten() - 1
-        expected = spread * torch.tensor([-0.01, 0, 0.01, math.tanh(1), 1])
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-    # Nothing is negative, and no order of a level is lost.
-    rising = torch.linspace(0, 0.8, 50).repeat(2, 1).mT[..., None, None]
-    found = saturation(rising).flatten()
-    assert (found >= 0).all()
-    assert (found.diff() > 0).all()
+        expected = spread / 0.3 * torch.tensor([-0.01, 0, 0.01, math.tanh(1), 1])
+        torch.testing.assert_close(saturation(distances[..., None, None]).flatten(), expected, atol=1e-6, rtol=1e-4)
     twice = Saturation(2, 2.0)
     twice.load_state_dict(saturation.state_dict())
-    assert twice(torch.full((1, 2, 1, 1), 1e3)).item() == pytest.approx(1 + 0.3 / 2)
-    off = Saturation(2, 0.0)
-    distances = 10 * torch.rand(1, 2, 3, 3)
-    assert torch.equal(off(distances), distances.sum(dim=1, keepdim=True))
+    all_at_once = torch.stack([torch.tensor([0.4, 0.6]) + far * torch.tensor([0.2, 0.1]) for far in (0, 0.05, 1e3)])
+    for strength, module in ((1, saturation), (2, twice)):
+        agreement = module(all_at_once[..., None, None])
+        torch.testing.assert_close(agreement.flatten(), torch.tensor([0, math.tanh(0.05 * strength), 1]))
+        # Where all levels agree a little, the excess is what each has.
+        excess = module.excess(agreement).flatten()
+        torch.testing.assert_close(excess[:2], torch.tensor([0.0, 0.05]), atol=1e-5, rtol=1e-2)
+        assert excess[2].item() == pytest.approx(math.atanh(0.95) / 0.95 / strength, rel=1e-4)
+    rising = torch.linspace(0, 0.9, 50).repeat(2, 1).mT[..., None, None]
+    assert (saturation.excess(saturation(rising)).flatten().diff() > 0).all()
 
 
 @torch.no_grad()
@@ -397,7 +397,9 @@ def test_saturation_and_head_change_the_map_and_never_the_score(saturation: floa
 
 @torch.no_grad()
 def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
-    network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60, head=True, sigma=2).eval()
+    network = FractalMemoryModel(
+        "test_resnet", pre_trained=False, memory_size=60, head=True, sigma=2, saturation=1.3
+    ).eval()
     channels = network.teacher.channels
     items = torch.randn(60, sum(channels))
     network.memory.fill(items, torch.zeros(60, 3))
@@ -413,7 +415,7 @@ def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
         far, nearest = torch.cdist(level, level_items).min(dim=-1)
         far = far.unsqueeze(1) / level_items.shape[1] ** 0.5
         distance += far
-        saturated += usual[number] + spread[number] * ((far - usual[number]) / spread[number]).tanh()
+        saturated += spread[number] / 1.5 * (1.3 * (far - usual[number]) / spread[number]).tanh()
         residuals.append(level - level_items[nearest])
     logit = network.head(torch.cat(residuals, dim=-1).movedim(-1, 1), distance)
     fine, shown = (F.interpolate(maps, scale_factor=2, mode="bilinear") for maps in (distance, saturated))
@@ -423,8 +425,12 @@ def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
         return torch.from_numpy(gaussian_filter(large, 2, axes=(-2, -1)))
 
     prediction = network(images)
-    refined = smoothed(shown + 0.7 * 0.5 / (1 + (-logit / 2).exp())).log1p()
+    agreement = smoothed(shown + 0.7 / 3 / (1 + (-logit / 2).exp())) / (1 + 0.7 / 3)
+    refined = (0.95 * agreement).atanh() / 0.95 / 1.3
     torch.testing.assert_close(prediction.anomaly_map, refined, atol=1e-4, rtol=1e-4)
+    network.saturation.strength = 0
+    plain = smoothed(fine + 0.7 * 0.5 / (1 + (-logit / 2).exp())).log1p()
+    torch.testing.assert_close(network(images).anomaly_map, plain, atol=1e-4, rtol=1e-4)
     top = smoothed(fine).flatten(1).sort(descending=True).values[:, :31].mean(dim=1)  # 0.5 % of the pixels
     torch.testing.assert_close(prediction.pred_score, top.log1p(), atol=1e-4, rtol=1e-4)
 

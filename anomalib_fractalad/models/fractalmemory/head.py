@@ -68,15 +68,15 @@ class BoundedVote(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.zeros(()))
 
-    def forward(self, distance: Tensor, logit: Tensor, spread: Tensor) -> Tensor:
+    def forward(self, anomaly_map: Tensor, logit: Tensor, level: Tensor) -> Tensor:
         """Add a vote to a map.
 
         Args:
-            distance: (B, 1, H, W).
+            anomaly_map: (B, 1, H, W).
             logit: (B, 1, H, W).
-            spread: Range of a level's distance over normal places, ().
+            level: What a level that is saturated adds to the map, ().
 
         Returns:
-            (B, 1, H, W), at least distance and at most distance + weight * spread.
+            (B, 1, H, W), at least the map and at most the map + weight * level.
         """
-        return distance + self.weight * spread * torch.sigmoid(logit / SOFTNESS)
+        return anomaly_map + self.weight * level * torch.sigmoid(logit / SOFTNESS)

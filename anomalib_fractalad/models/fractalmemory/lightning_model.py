@@ -64,9 +64,9 @@ class FractalMemory(OneClassModule, AnomalibModule):
             memory it bounds what is held, however many images there are.
         level_weights: What the levels at strides 4, 8 and 16 count in the distance. Before that, each level's distance
             is divided by its range over normal places.
-        saturation: How early a level's distance saturates in the map: beyond its median over normal places, it counts
-            for at most its range over these, divided by this number. At 0 it counts in full, and the surroundings of a
-            strong defect come to more than a weak one.
+        saturation: How early a level's distance saturates in the map: beyond its median over normal places, at about
+            its range over these, divided by this number. At 0 it counts in full, and the surroundings of a strong
+            defect come to more than a weak one.
         part_pattern: Regular expression that finds, in a file's name, which part the image shows. In training, an image
             is never compared with others of its own part. Left out, each image is a part.
         lighting: Strength of the change of light in two copies of each training image, which count as normal, too. At

@@ -6,15 +6,18 @@ from torch import Tensor, nn
 
 from anomalib_fractalad.models.components import check_not_negative
 
+FULL = 0.95  # what full agreement comes to before it is stretched, which at 1 would have no end
+
 
 class Saturation(nn.Module):
-    """Adds the levels' distances up, and bounds what each counts beyond the usual.
+    """A bounded mean of the levels' distances: how much the levels agree that a place is farther than usual.
 
-    Without bounds, the surroundings of a strong defect come to more than a weak one does.
+    Without bounds, the surroundings of a strong defect come to more than a weak defect does.
 
     Args:
         levels: Number of levels.
-        strength: How early a level saturates: it adds at most ``spread / strength`` to what is usual. At 0, none does.
+        strength: How early a level saturates: ``spread / strength`` beyond the usual, it is three quarters of the way.
+            At 0, levels do not saturate, and there is no agreement.
 
     Attributes:
         usual: Median of each level's distance over normal places, (S,).
@@ -35,15 +38,25 @@ class Saturation(nn.Module):
         self.register_buffer("spread", torch.ones(levels))
 
     def forward(self, distances: Tensor) -> Tensor:
-        """Add distances up.
+        """Measure agreement.
 
         Args:
             distances: Of each level, (B, S, H, W), from 0 on.
 
         Returns:
-            (B, 1, H, W), from 0 on: their sum, where none is beyond the usual.
+            (B, 1, H, W), above -1 and at most 1; 0 is usual.
         """
-        if self.strength:
-            usual, reach = self.usual[:, None, None], self.spread[:, None, None] / self.strength
-            distances = usual + reach * torch.tanh((distances - usual) / reach)
-        return distances.sum(dim=1, keepdim=True)
+        spread = self.spread[:, None, None]
+        saturated = torch.tanh(self.strength * (distances - self.usual[:, None, None]) / spread)
+        return (spread * saturated).sum(dim=1, keepdim=True) / self.spread.sum()
+
+    def excess(self, agreement: Tensor) -> Tensor:
+        """Stretch agreement, nearly to the excess over the usual that all levels would have to have for it.
+
+        Args:
+            agreement: (B, 1, H, W), above -1 and at most 1.
+
+        Returns:
+            (B, 1, H, W) in the same order, in ranges of normal places: 0 is usual, 1.93 / strength is the most.
+        """
+        return torch.atanh(FULL * agreement) / (FULL * self.strength)

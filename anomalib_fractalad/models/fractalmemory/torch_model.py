@@ -87,14 +87,15 @@ class FractalMemoryModel(AnomalyNetwork):
         return self._maps(residual, distances, images.shape[-2:])
 
     def finish(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Smooth maps and take their logarithm.
+        """Smooth maps and bring them to their range.
 
         Args:
             maps: What :meth:`predict_map` gives, (B, 1 or 2, H, W).
 
         Returns:
-            Scores (B,) and anomaly maps (B, 1, H, W), from 0 on: log(1 + x) of the distance, of which 1 is normal. The
-            score is that of the plain distance, whatever saturation and head make of the map.
+            Scores (B,), from 0 on: log(1 + x) of the distance, of which 1 is normal. Anomaly maps (B, 1, H, W): what
+            :meth:`Saturation.excess` gives, of which 0 is normal; without saturation log(1 + x) of the distance, too.
+            Neither saturation nor a head changes the score.
         """
         score, anomaly_map = self._smoothed(maps, self.region)
         return score, self.within_region(anomaly_map)
@@ -117,18 +118,27 @@ class FractalMemoryModel(AnomalyNetwork):
         fine = [2 * side for side in distances.shape[-2:]]
         distance = distances.sum(dim=1, keepdim=True)
         maps = [resize(distance, fine)]
-        if self.saturation.strength or self.head is not None:
+        if self.saturation.strength:
             maps.append(resize(self.saturation(distances), fine))
         if self.head is not None and residual is not None:
             logit = at_least_float32(self.head(residual, distance))
-            maps[-1] = self.vote(maps[-1], logit, self.saturation.spread.mean())
+            level = self.saturation.spread.mean()
+            if self.saturation.strength:
+                maps[1] = self.vote(maps[1], logit, level / self.saturation.spread.sum())
+            else:
+                maps.append(self.vote(maps[0], logit, level))
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
         """Smooth maps; scores are the distance's. The logarithm keeps what takes a sigmoid, as metrics do, in order."""
         distance, *others = [self.smooth(at_least_float32(channel)) for channel in torch.split(maps, 1, dim=1)]
-        refined = others[0] if others else distance
-        return self.score(distance, region).log1p(), refined.log1p()
+        score = self.score(distance, region).log1p()
+        if not self.saturation.strength:
+            return score, (others[0] if others else distance).log1p()
+        agreement = others[0]
+        if self.head is not None:  # a vote that counts is one level more that can agree
+            agreement = agreement / (1 + self.vote.weight / len(self.teacher.channels))
+        return score, self.saturation.excess(agreement)
 
     @property
     def trained_head(self) -> "ResidualHead":
