@@ -122,11 +122,9 @@ class FractalMemoryModel(AnomalyNetwork):
             maps.append(resize(self.saturation(distances), fine))
         if self.head is not None and residual is not None:
             logit = at_least_float32(self.head(residual, distance))
-            level = self.saturation.spread.mean()
-            if self.saturation.strength:
-                maps[1] = self.vote(maps[1], logit, level / self.saturation.spread.sum())
-            else:
-                maps.append(self.vote(maps[0], logit, level))
+            spread = self.saturation.spread
+            level = spread.mean() / spread.sum() if self.saturation.strength else spread.mean()
+            maps[1:] = [self.vote(maps[-1], logit, level)]
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
