@@ -75,11 +75,7 @@ def quality(model: FractalMemory, maps: Tensor, scores: Tensor, masks: Tensor) -
     regions.update(SimpleNamespace(maps=maps.squeeze(1), masks=masks))
     return [
         *(float(binary_auroc(found, labels)) for found in (scores, model.model.score(maps))),
-        float(
-            binary_average_precision(
-                ((maps - maps.min()) / (maps.max() - maps.min())).flatten(), masks.flatten().long()
-            )
-        ),
+        float(binary_average_precision(maps.flatten(), masks.flatten().long())),
         float(regions.compute()),
     ]
 

@@ -163,11 +163,12 @@ def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path
     assert not model.is_untrained()
     assert model.model.memory.items.count_nonzero() > 0
     assert model.model.vote.weight == 0
-    # What changes no prediction of a trained model, and the score and the smoothing, may be given anew.
+    # What changes no prediction of a trained model, and the score, the smoothing and the saturation, may be given anew.
     checkpoint = tmp_path / "model.ckpt"
     engine.trainer.save_checkpoint(checkpoint)
-    loaded = FractalMemory.load_from_checkpoint(checkpoint, sigma=2)
+    loaded = FractalMemory.load_from_checkpoint(checkpoint, sigma=2, saturation=0.5)
     assert torch.equal(loaded.model.memory.items, model.model.memory.items)
+    assert (loaded.model.saturation.strength, model.model.saturation.strength) == (0.5, 1.0)
     assert (loaded.model.smooth.radius, model.model.smooth.radius) == (8, 16)
     with pytest.raises(ValueError, match="memory_size is 40 here, and 50 there"):
         FractalMemory.load_from_checkpoint(checkpoint, memory_size=40)

@@ -70,11 +70,10 @@ def test_outside_counts_for_nothing(
     assert (outside_values == expected.anomaly_map.min()).all()
     assert not expected.pred_mask[~inside.expand_as(expected.pred_mask)].any()
     # Raw scores are those of the pixels inside.
-    if name == "FractalMemory":  # whose scores are those of the map without saturation
-        monkeypatch.setattr(model.model.saturation, "strength", 0)
-    raw = model.model(pre_processor.transform(images))
-    if name == "FractalMemory":
-        monkeypatch.setattr(model.model.saturation, "strength", 1.0)
+    with monkeypatch.context() as patch:
+        if name == "FractalMemory":  # whose scores are those of the map without saturation
+            patch.setattr(model.model.saturation, "strength", 0)
+        raw = model.model(pre_processor.transform(images))
     pixels = model.model.region.pixels(raw.anomaly_map)
     if name != "ADPS":  # which scores the smoothed map
         reduced = pixels.mean(1) if name == "FractalAD" else pixels.amax(1)

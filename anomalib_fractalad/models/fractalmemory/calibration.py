@@ -85,6 +85,4 @@ class Calibration:
         maps = torch.cat([model.refined_map(s.residual, s.distances, s.mask.shape[-2:])[1] for s in self._samples])
         masks = torch.cat([sample.mask for sample in self._samples])
         pixels, truth = (part[..., ::PIXEL_STEP, ::PIXEL_STEP].flatten() for part in (maps, masks))
-        low, high = pixels.aminmax()
-        # In [0, 1], so without a sigmoid.
-        return float(binary_average_precision((pixels - low) / (high - low).clamp(min=1e-12), truth.long()))
+        return float(binary_average_precision(pixels, truth.long()))

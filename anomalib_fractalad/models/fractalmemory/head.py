@@ -68,13 +68,13 @@ class BoundedVote(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.zeros(()))
 
-    def forward(self, anomaly_map: Tensor, logit: Tensor, level: Tensor) -> Tensor:
+    def forward(self, anomaly_map: Tensor, logit: Tensor, level: Tensor | float) -> Tensor:
         """Add a vote to a map.
 
         Args:
             anomaly_map: (B, 1, H, W).
             logit: (B, 1, H, W).
-            level: What a level that is saturated adds to the map, ().
+            level: What a level that is saturated adds to the map, a number or ().
 
         Returns:
             (B, 1, H, W), at least the map and at most the map + weight * level.

@@ -51,8 +51,8 @@ LIGHT_COPIES = 2  # of each training image, where there are any
 class FractalMemory(OneClassModule, AnomalibModule):
     """FractalMemory: the distances of whitened features from the nearest normal ones, level by level.
 
-    It trains for one epoch, which gathers features, whatever the trainer's max_epochs is. A head that refines maps is
-    an option; then the first epoch gathers, and all others train the head.
+    It trains for one epoch, which gathers features, whatever the trainer's max_epochs is. A head that has a vote
+    in maps is an option; then the first epoch gathers, and all others train the head.
 
     Args:
         backbone: Name of a timm CNN with feature levels at strides 4, 8 and 16, for the teacher.

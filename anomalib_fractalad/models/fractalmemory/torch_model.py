@@ -122,9 +122,10 @@ class FractalMemoryModel(AnomalyNetwork):
             maps.append(resize(self.saturation(distances), fine))
         if self.head is not None and residual is not None:
             logit = at_least_float32(self.head(residual, distance))
-            spread = self.saturation.spread
-            level = spread.mean() / spread.sum() if self.saturation.strength else spread.mean()
-            maps[1:] = [self.vote(maps[-1], logit, level)]
+            level = 1 / len(self.teacher.channels) if self.saturation.strength else self.saturation.spread.mean()
+            voted = self.vote(maps[-1], logit, level)
+            # A vote that counts is one level more that can agree.
+            maps[1:] = [voted / (1 + self.vote.weight * level) if self.saturation.strength else voted]
         return torch.cat([self.upsample(channel, size) for channel in maps], dim=1)
 
     def _smoothed(self, maps: Tensor, region: RegionOfInterest | None = None) -> tuple[Tensor, Tensor]:
@@ -133,10 +134,7 @@ class FractalMemoryModel(AnomalyNetwork):
         score = self.score(distance, region).log1p()
         if not self.saturation.strength:
             return score, (others[0] if others else distance).log1p()
-        agreement = others[0]
-        if self.head is not None:  # a vote that counts is one level more that can agree
-            agreement = agreement / (1 + self.vote.weight / len(self.teacher.channels))
-        return score, self.saturation.excess(agreement)
+        return score, self.saturation.excess(others[0])
 
     @property
     def trained_head(self) -> "ResidualHead":
