@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from anomalib.data.transforms import SquarePad
 from torch import Tensor
-from torchvision.transforms.v2 import Compose, InterpolationMode, Pad, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Compose, Identity, InterpolationMode, Pad, Resize, Transform
 
-from .resize import AntialiasedResize, FixedResize, MatrixCenterCrop, MatrixSquarePad, is_antialiased
+from .resize import AntialiasedResize, ExportCenterCrop, ExportSquarePad, FixedResize, is_antialiased
 
 Size = tuple[int, int]
 PROBES: tuple[Size, Size] = ((331, 487), (512, 260))  # one wide, one high
 TOLERANCE = 1e-3
+SIZED = (Resize, CenterCrop, SquarePad)  # they do nothing to images that have their size
 EXPORTED_BY_TORCH = {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST}
 
 
@@ -54,9 +55,11 @@ def exportable_transform(transform: Transform | None, input_size: Size | None = 
         for step in steps_of(transform):
             _refuse_random(step)
     for step in steps_of(transform):
-        steps.append(_exportable_step(step, size))
-        size = network_size(step, size)
-    exportable = Compose(steps)
+        resized = network_size(step, size)
+        if size is None or resized != size or not isinstance(step, SIZED):  # or it leaves images as they are
+            steps.append(_exportable_step(step, size))
+        size = resized
+    exportable = Compose(steps or [Identity()])
     for probe in [input_size] if input_size else PROBES:
         image = _random_image(probe)
         expected, found = transform(image), exportable(image)
@@ -108,9 +111,9 @@ def _exportable_step(step: Transform, size: Size | None) -> Transform:
         return FixedResize(step, size)
     if size is None:
         if isinstance(step, SquarePad):
-            return MatrixSquarePad()
+            return ExportSquarePad()
         if hasattr(step, "size") and type(step).__name__.endswith("CenterCrop"):
-            return MatrixCenterCrop(tuple(step.size))
+            return ExportCenterCrop(tuple(step.size))
         if not isinstance(step, Pad) and any(_size(step, probe) != probe for probe in PROBES):
             raise ValueError(_any_size_message(step))
     return copy.deepcopy(step)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resizing, cropping and padding that torch, ONNX Runtime and OpenVINO compute alike, for images of any size.
 
-Each works along rows and along columns alike, and so is two matrix products. anomalib switches antialiasing off for
-export, and OpenVINO ignores it in ONNX's ``Resize``, so that an image that is shrunk would score differently in the lab
-and on the line. Matrix products are the same everywhere.
+anomalib switches antialiasing off for export, and OpenVINO ignores it in ONNX's ``Resize``, so that an image that is
+shrunk would score differently in the lab and on the line. Matrix products are the same everywhere. They are of bands,
+since a target position takes few source positions: by a whole matrix, a large image would take longer than the network.
 """
 
 from abc import abstractmethod
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, Resize, Transform
 
+BAND = 32  # target positions that are computed at once
 
-class MatrixTransform(Transform):  # type: ignore[misc]
-    """A transform of images by a matrix for the rows and one for the columns."""
+
+class RowwiseTransform(Transform):  # type: ignore[misc]
+    """A transform of images that does the same along rows and along columns."""
 
     def forward(self, image: Tensor) -> Tensor:
         """Transform.
@@ -26,24 +28,22 @@ class MatrixTransform(Transform):  # type: ignore[misc]
         Returns:
             (B, C, *self.target(H, W)).
         """
-        height, width = image.shape[-2:]
-        target = self.target(height, width)
-        rows, columns = self.matrix(height, target[0], image), self.matrix(width, target[1], image)
+        target = self.target(*image.shape[-2:])
         # One axis for batch and channels: OpenVINO fuses what follows a product into it, and takes the wrong axis for
         # the channels where it follows directly.
-        transformed = rows @ image.flatten(end_dim=-3) @ columns.T
-        return transformed.reshape(*image.shape[:-2], *target)
+        transformed = self.along_rows(image.flatten(end_dim=-3), target[0])
+        return self.along_rows(transformed.mT, target[1]).mT.reshape(*image.shape[:-2], *target)
 
     @abstractmethod
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what comes of an image; all arguments may be symbolic."""
 
     @abstractmethod
-    def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
-        """Weights of each source position for each target position, (target, length)."""
+    def along_rows(self, image: Tensor, target: int) -> Tensor:
+        """Bring (N, H, W) to (N, target, W)."""
 
 
-class AntialiasedResize(MatrixTransform):
+class AntialiasedResize(RowwiseTransform):
     """torchvision's ``Resize`` with antialiasing, bilinear or bicubic.
 
     Args:
@@ -62,18 +62,48 @@ class AntialiasedResize(MatrixTransform):
         """Height and width that torchvision resizes to, without a choice that a graph would be frozen in."""
         return resized_size(height, width, self.size, self.max_size)
 
-    def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
-        """Weights of each source position for each target position, (target, length); rows sum to 1."""
-        # Whole numbers up to the last step: OpenVINO may compute in bfloat16, which cannot hold positions beyond 256.
-        position = (2 * torch.arange(length, device=like.device) + 1) * target
-        center = ((2 * torch.arange(target, device=like.device) + 1) * length).unsqueeze(1)
-        reach: Any = 2 * torch.sym_max(length, target)
-        distance = (position - center).abs()
+    def along_rows(self, image: Tensor, target: int) -> Tensor:
+        """Resize the rows of (N, H, W) to (N, target, W)."""
+        return resize_by_bands(image, *self.bands(image.shape[-2], target, image), target)
+
+    def bands(self, length: int, target: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Source positions of each band of target positions, (bands, n), and their weights, (bands, BAND, n)."""
+        # Whole numbers up to the last step, in halves of a source position's part of a target position: OpenVINO may
+        # compute in bfloat16, which cannot hold positions beyond 256.
+        longer: Any = torch.sym_max(length, target)
+        reach = (4 if self.cubic else 2) * longer
+        first = torch.arange(0, target, BAND, device=like.device)
+        position = first.unsqueeze(1) + torch.arange(BAND, device=like.device)
+        position = _within(position, target)  # the last band may be short
+        center = ((2 * position + 1) * length).unsqueeze(2)
+        start = ((2 * first + 1) * length - reach) // (2 * target)
+        count = ((BAND - 1) * length + reach) // target + 2
+        source = start.unsqueeze(1) + torch.arange(count, device=like.device)
+        inside = (source >= 0) & (source < length)
+        distance = ((2 * source + 1) * target).unsqueeze(1) - center
         if self.cubic:
-            weights = cubic_kernel(distance.to(like.dtype) / reach)
+            weights = cubic_kernel(distance.abs().to(like.dtype) / (2 * longer))
         else:
-            weights = (reach - distance).clamp(min=0).to(like.dtype)
-        return weights / weights.sum(dim=1, keepdim=True)
+            weights = (reach - distance.abs()).clamp(min=0).to(like.dtype)
+        weights = weights * inside.unsqueeze(1)
+        return _within(source, length), weights / weights.sum(dim=2, keepdim=True)
+
+
+def resize_by_bands(image: Tensor, source: Tensor, weights: Tensor, target: int) -> Tensor:
+    """Resize rows, some of them at once.
+
+    Args:
+        image: (N, H, W).
+        source: Source positions of each band, (bands, n).
+        weights: Their weights for each target position of the band, (bands, BAND, n).
+        target: Number of target positions.
+
+    Returns:
+        (N, target, W).
+    """
+    rows = image.index_select(1, source.flatten()).reshape(image.shape[0], *source.shape, -1)
+    resized: Tensor = weights @ rows
+    return resized.flatten(1, 2)[:, :target]
 
 
 def resized_size(height: int, width: int, size: tuple[int, ...] | None, max_size: int | None) -> tuple[int, int]:
@@ -116,7 +146,7 @@ def cubic_kernel(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(distance)))
 
 
-class MatrixCenterCrop(MatrixTransform):
+class ExportCenterCrop(RowwiseTransform):
     """torchvision's ``CenterCrop``, which pads smaller images with zeros.
 
     Args:
@@ -132,17 +162,19 @@ class MatrixCenterCrop(MatrixTransform):
         del height, width
         return self.size
 
-    def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
-        """1 where a target position takes a source position, (target, length)."""
-        surplus = torch.full((), length - target, device=like.device)
+    def along_rows(self, image: Tensor, target: int) -> Tensor:
+        """Crop or pad the rows of (N, H, W) to (N, target, W)."""
+        length = image.shape[1]
+        surplus = torch.full((), length - target, device=image.device)
         half = surplus // 2
         # torchvision rounds half a pixel to the even number, and pads less on the left.
         start = torch.where(surplus >= 0, half + surplus % 2 * (half % 2), half + surplus % 2)
-        source = torch.arange(target, device=like.device) + start
-        return (source.unsqueeze(1) == torch.arange(length, device=like.device)).to(like.dtype)
+        source = torch.arange(target, device=image.device) + start
+        inside = (source >= 0) & (source < length)
+        return image.index_select(1, _within(source, length)) * inside.to(image.dtype).unsqueeze(1)
 
 
-class MatrixSquarePad(MatrixTransform):
+class ExportSquarePad(RowwiseTransform):
     """anomalib's ``SquarePad``: the shorter side is continued as it ends, to a square."""
 
     def target(self, height: int, width: int) -> tuple[int, int]:
@@ -150,15 +182,15 @@ class MatrixSquarePad(MatrixTransform):
         side: Any = torch.sym_max(height, width)
         return side, side
 
-    def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
-        """1 where a target position takes a source position, (target, length)."""
-        source = torch.arange(target, device=like.device) - (target - length) // 2
-        source = torch.minimum(source.clamp(min=0), torch.full((), length - 1, device=like.device))
-        return (source.unsqueeze(1) == torch.arange(length, device=like.device)).to(like.dtype)
+    def along_rows(self, image: Tensor, target: int) -> Tensor:
+        """Pad the rows of (N, H, W) to (N, target, W)."""
+        length = image.shape[1]
+        source = torch.arange(target, device=image.device) - (target - length) // 2
+        return image.index_select(1, _within(source, length))
 
 
-class FixedResize(MatrixTransform):
-    """Any ``Resize`` of torchvision for images of one size: what it makes of rows and columns becomes the matrices.
+class FixedResize(Transform):  # type: ignore[misc]
+    """Any ``Resize`` of torchvision for images of one size: what it makes of rows and columns becomes the weights.
 
     Args:
         resize: The transform.
@@ -172,22 +204,33 @@ class FixedResize(MatrixTransform):
         for name, length, target in zip(("rows", "columns"), size, self.resized, strict=True):
             along = Resize((1, target), **arguments)
             weights = along(torch.eye(length, dtype=torch.float64)[:, None, None]).reshape(length, target).T
-            self.register_buffer(name, weights.float().contiguous(), persistent=False)
-
-    def target(self, height: int, width: int) -> tuple[int, int]:
-        """The one size."""
-        del height, width
-        return self.resized
-
-    def matrix(self, length: int, target: int, like: Tensor) -> Tensor:
-        """Weights of each source position for each target position, (target, length)."""
-        raise NotImplementedError
+            source, bands = _bands_of(weights.float())
+            self.register_buffer(f"{name}_source", source, persistent=False)
+            self.register_buffer(f"{name}_weights", bands, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Resize (B, C, H, W)."""
-        rows, columns = self.rows.to(image.dtype), self.columns.to(image.dtype)
-        transformed: Tensor = rows @ image.flatten(end_dim=-3) @ columns.T
-        return transformed.reshape(*image.shape[:-2], *self.resized)
+        resized = image.flatten(end_dim=-3)
+        for name, target in zip(("rows", "columns"), self.resized, strict=True):
+            source, weights = getattr(self, f"{name}_source"), getattr(self, f"{name}_weights")
+            resized = resize_by_bands(resized, source, weights.to(image.dtype), target).mT
+        return resized.reshape(*image.shape[:-2], *self.resized)
+
+
+def _bands_of(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut weights of each source position for each target position, (target, length), into bands, by what is not 0."""
+    target, length = weights.shape
+    bands = torch.cat([weights, weights[-1:].expand(-target % BAND, -1)]).reshape(-1, BAND, length)
+    used = bands.ne(0).any(dim=1)
+    first = used.int().argmax(dim=1)
+    count = int((length - used.flip(1).int().argmax(dim=1) - first).max())
+    source = first.clamp(max=length - count).unsqueeze(1) + torch.arange(count)
+    return source, bands.gather(2, source.unsqueeze(1).expand(-1, BAND, -1))
+
+
+def _within(source: Tensor, length: int) -> Tensor:
+    """The nearest positions that there are; the length may be symbolic."""
+    return torch.minimum(source.clamp(min=0), torch.full((), length - 1, device=source.device))
 
 
 def is_antialiased(resize: Resize) -> bool:

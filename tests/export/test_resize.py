@@ -6,6 +6,7 @@ import torch
 from anomalib.data.transforms import SquarePad
 from anomalib.pre_processing import PreProcessor
 from conftest import small_model
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import (
     CenterCrop,
     ColorJitter,
@@ -20,6 +21,7 @@ from torchvision.transforms.v2 import (
 )
 
 from anomalib_fractalad.export.pre_processing import exportable_transform, network_size
+from anomalib_fractalad.export.resize import AntialiasedResize, ExportSquarePad
 
 NEAREST, BICUBIC = InterpolationMode.NEAREST_EXACT, InterpolationMode.BICUBIC
 SIZES = [(512, 512), (300, 457), (100, 90), (64, 64), (1, 1), (33, 1000), (65, 66), (63, 200)]
@@ -72,6 +74,23 @@ def test_an_image_of_the_target_size_is_left_alone() -> None:
     image = torch.rand(1, 3, 40, 50)
     assert torch.equal(exportable_transform(Resize((40, 50)))(image), image)
     assert exportable_transform(None) is None
+
+
+def test_what_does_nothing_to_images_of_one_size_is_left_out() -> None:
+    transform = Compose([SquarePad(), Resize((64, 64)), CenterCrop(64), Resize((32, 32))])
+    steps = [type(step) for step in exportable_transform(transform, (64, 64)).transforms]
+    assert steps == [AntialiasedResize]
+    steps = [type(step) for step in exportable_transform(transform).transforms]
+    assert steps == [ExportSquarePad, AntialiasedResize, AntialiasedResize]
+
+
+@pytest.mark.parametrize("resize", [Resize((256, 256)), Resize((256, 256), antialias=False)], ids=str)
+def test_a_large_image_is_resized_in_bands(resize: Resize) -> None:
+    """By the whole matrices, it would take 256 * (2048 + 256) * 2048 multiplications for each channel."""
+    exported = exportable_transform(resize, (2048, 2048))
+    with FlopCounterMode(display=False) as counter:
+        exported(torch.rand(1, 3, 2048, 2048))
+    assert counter.get_total_flops() < 0.2 * 2 * 3 * 256 * (2048 + 256) * 2048
 
 
 def test_size_that_the_network_sees() -> None:
