@@ -211,12 +211,17 @@ def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_of_items_that_are_equally_near_the_first_is_taken(dtype: torch.dtype) -> None:
-    distance = torch.randint(0, 5, (3, 300, 4, 6)).to(dtype) - 2
+@pytest.mark.parametrize("count", [1, 293, 300, 2000])  # alone, prime, and with divisors
+def test_one_of_the_items_that_are_nearest_is_found(count: int, dtype: torch.dtype) -> None:
+    distance = torch.randint(0, 5, (3, count, 4, 6)).to(dtype) - 2
     distance[:, 0, 0] = -3  # the first and the last
     distance[:, -1, 1] = -3
     distance[0, 5:] = torch.inf
-    assert torch.equal(_nearest(distance).long(), distance.argmin(dim=1))
+    found = _nearest(distance)
+    assert found.shape == (3, 4, 6)
+    assert torch.equal(distance.gather(1, found.long().unsqueeze(1)).squeeze(1), distance.amin(dim=1))
+    assert (found[:, 0] == 0).all()
+    assert (found[1:, 1] == count - 1).all()
 
 
 def test_a_random_share_of_the_others_is_left() -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whitened descriptors of places, and a memory of normal ones."""
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +50,28 @@ class Descriptor(nn.Module):
         Returns:
             (B, C, H_1, W_1), C the sum of C_i, of zero mean on normal images.
         """
-        means, deviations = (torch.split(values, self.channels) for values in (self.mean, self.deviation))
+        means, deviations = (by_level(values, self.channels) for values in (self.mean, self.deviation))
         standard = [
             (at_least_float32(level) - mean[:, None, None]) / deviation[:, None, None]
             for level, mean, deviation in zip(features, means, deviations, strict=True)
         ]
-        return F.linear(average(standard).movedim(1, -1), self.whiten, self.shift).movedim(-1, 1)
+        averages = average(standard)
+        whitened = self.whiten @ averages.flatten(2) + self.shift[:, None]
+        return whitened.reshape(averages.shape)
+
+
+def by_level(values: Tensor, channels: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Split what a network holds by level. A split of constants makes an export warn that it is not computed ahead.
+
+    Args:
+        values: As long in one dimension as all channels together.
+        channels: Channels of each level.
+        dim: That dimension.
+
+    Returns:
+        One part for each level.
+    """
+    return [values.narrow(dim, end - count, count) for count, end in zip(channels, accumulate(channels), strict=True)]
 
 
 def average(features: Sequence[Tensor]) -> Tensor:
@@ -188,7 +206,7 @@ class FeatureMemory(nn.Module):
 
     def _levels(self, query: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each level's part of a query, and its items."""
-        return list(zip(self._split(query), self._split(self.items), strict=True))
+        return list(zip(self._split(query), by_level(self.items, self.channels, dim=1), strict=True))
 
     def _roots(self, squares: Sequence[Tensor]) -> Tensor:
         means = [square / channels for square, channels in zip(squares, self.channels, strict=True)]
@@ -201,11 +219,24 @@ def _compare(query: Tensor, items: Tensor) -> Tensor:
 
 
 def _nearest(distance: Tensor) -> Tensor:
-    """Which of N items is nearest, the first of those that are, (B, H, W); ``distance`` is (B, N, H, W).
+    """Which of N items is nearest, any of those that are, (B, H, W); ``distance`` is (B, N, H, W).
 
-    An argmin takes OpenVINO longer than all the rest, and numbers of another rank than ``distance`` twice as long as
-    these. In torch it is the other way round. Integers keep the index whole in an inference in 16 bits.
+    An argmin takes OpenVINO longer than all the rest. So items are laid out in rows: minima of the columns tell in
+    which column the nearest is, and that column alone is searched.
     """
-    number = torch.arange(distance.shape[1], dtype=torch.int32, device=distance.device)[None, :, None, None]
-    is_nearest = distance == distance.amin(dim=1, keepdim=True)
-    return torch.where(is_nearest, number, distance.shape[1] - 1).amin(dim=1)
+    count = distance.shape[1]
+    rows = max(divisor for divisor in range(1, math.isqrt(count) + 1) if count % divisor == 0)
+    columns = count // rows
+    grid = distance.movedim(1, -1).reshape(-1, rows, columns)
+    column = _first_minimum(grid.amin(dim=1))
+    top = torch.arange(len(grid), device=distance.device) * count + column
+    below = top.unsqueeze(1) + torch.arange(rows, device=distance.device) * columns
+    row = _first_minimum(grid.flatten().index_select(0, below.flatten()).reshape(below.shape))
+    return (row * columns + column).reshape(distance[:, 0].shape)
+
+
+def _first_minimum(values: Tensor) -> Tensor:
+    """Index of the first minimum of each row of (n, m). Integers keep it whole in an inference in 16 bits."""
+    number = torch.arange(values.shape[1], dtype=torch.int32, device=values.device)
+    is_minimum = values == values.amin(dim=1, keepdim=True)
+    return torch.where(is_minimum, number, values.shape[1] - 1).amin(dim=1)
