@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, Resize, Transform
 
-BAND = 32  # target positions that are computed at once
+BAND = 16  # target positions that are computed at once
 
 
 class RowwiseTransform(Transform):  # type: ignore[misc]

@@ -229,7 +229,7 @@ def _nearest(distance: Tensor) -> Tensor:
     columns = count // rows
     grid = distance.movedim(1, -1).reshape(-1, rows, columns)
     column = _first_minimum(grid.amin(dim=1))
-    top = torch.arange(len(grid), device=distance.device) * count + column
+    top = torch.arange(grid.shape[0], device=distance.device) * count + column
     below = top.unsqueeze(1) + torch.arange(rows, device=distance.device) * columns
     row = _first_minimum(grid.flatten().index_select(0, below.flatten()).reshape(below.shape))
     return (row * columns + column).reshape(distance[:, 0].shape)
