@@ -63,6 +63,22 @@ def when_imported(name: str, hook: Callable[[], None]) -> None:
         _AwaitsChild.expect(sys.modules[parent], child, hook)
 
 
+def unfinished(package: str) -> str | None:
+    """Find the module below a package that has been in the middle of its import for longest, if there is any.
+
+    Args:
+        package: Name of a top-level package.
+
+    Returns:
+        Its full name.
+    """
+    for name in list(sys.modules):
+        parent, _, child = name.rpartition(".")
+        if name.startswith(f"{package}.") and parent in sys.modules and child not in vars(sys.modules[parent]):
+            return name
+    return None
+
+
 class _AwaitsChild(ModuleType):
     """A package that calls hooks when a module below it is bound, as Python does after the import."""
 

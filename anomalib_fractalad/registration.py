@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from .import_hooks import before_import, when_imported
+from .import_hooks import before_import, unfinished, when_imported
 
 DATA_MODULES = {"SurfaceDefects": "anomalib_fractalad.data.surface_defects"}
 MODELS = {
@@ -46,6 +46,10 @@ def _register() -> None:
 
 
 def _publish(names: dict[str, str], package: str) -> None:
+    # A module of this package may be what imports anomalib, and what the models need before it has all its names.
+    if (module := unfinished("anomalib_fractalad")) is not None:
+        when_imported(module, _harmless(lambda: _publish(names, package)))
+        return
     for name, module in names.items():
         setattr(sys.modules[package], name, getattr(importlib.import_module(module), name))
 

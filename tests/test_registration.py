@@ -134,6 +134,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         "anomalib_fractalad.models.fractalad.lightning_model",
         "anomalib_fractalad.data.surface_defects",
         "anomalib_fractalad.image_files",
+        "anomalib_fractalad.export.module",
+        "anomalib_fractalad.training.callbacks",
     ],
 )
 def test_every_import_order(first: str, run: Run) -> None:
