@@ -2,8 +2,9 @@
 """Resizing, cropping and padding that torch, ONNX Runtime and OpenVINO compute alike, for images of any size.
 
 anomalib switches antialiasing off for export, and OpenVINO ignores it in ONNX's ``Resize``, so that an image that is
-shrunk would score differently in the lab and on the line. Matrix products are the same everywhere. They are of bands,
-since a target position takes few source positions: by a whole matrix, a large image would take longer than the network.
+shrunk would score differently in the lab and on the line. Resizing by matrix products is the same everywhere. Products
+are of bands, since a target position takes few source positions: by a whole matrix, a large image would take longer
+than the network.
 """
 
 from abc import abstractmethod
@@ -68,8 +69,8 @@ class AntialiasedResize(RowwiseTransform):
 
     def bands(self, length: int, target: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Source positions of each band of target positions, (bands, n), and their weights, (bands, BAND, n)."""
-        # Whole numbers up to the last step, in halves of a source position's part of a target position: OpenVINO may
-        # compute in bfloat16, which cannot hold positions beyond 256.
+        # Whole numbers up to the last step, in units of which a source position has 2 * target and a target position
+        # 2 * length: OpenVINO may compute in bfloat16, which cannot hold positions beyond 256.
         longer: Any = torch.sym_max(length, target)
         reach = (4 if self.cubic else 2) * longer
         first = torch.arange(0, target, BAND, device=like.device)

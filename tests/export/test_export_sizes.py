@@ -122,3 +122,20 @@ def test_upsampling_by_matrices_is_the_same(small: tuple[int, int], size: tuple[
     maps = torch.randn(2, 1, *small, dtype=torch.float64)
     for upsample in (Upsample(), AlignedUpsample(), AlignedUpsample(1)):
         torch.testing.assert_close(MatrixUpsample(upsample)(maps, size), upsample(maps, size))
+
+
+@pytest.mark.slow
+def test_a_head_that_is_exported_for_one_image_searches_by_rows_and_columns(tmp_path: Path) -> None:
+    model = small_model("FractalMemory", memory_size=300, post_processor=False).eval()
+    memory = model.model.memory
+    memory.items.copy_(0.5 * torch.randn(memory.items.shape))
+    image = torch.rand(1, 3, 96, 80)
+    file = model.to_openvino(tmp_path, input_size=(96, 80), onnx_kwargs={"dynamic_shapes": None})
+    network = Core().read_model(file)
+    choices = [node for node in network.get_ordered_ops() if node.get_type_name() == "Select"]
+    assert [choice.get_output_partial_shape(0)[1].get_length() for choice in choices] == [20, 15] * 3
+    found = Core().compile_model(network, "CPU", FLOAT32)(image.numpy())
+    with torch.no_grad():
+        expected = model(image)
+    for name in ("pred_score", "anomaly_map"):
+        torch.testing.assert_close(torch.from_numpy(found[name]), getattr(expected, name), atol=1e-3, rtol=0)

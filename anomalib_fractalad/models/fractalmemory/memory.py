@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import at_least_float32, resize
 
+FEWEST_ROWS = 4  # of items; with fewer, a search by rows and columns gains nothing
+
 
 class Descriptor(nn.Module):
     """Standardized features, averaged over 3x3 places, joined at the middle level's stride, whitened and weighed.
@@ -222,10 +224,13 @@ def _nearest(distance: Tensor) -> Tensor:
     """Which of N items is nearest, any of those that are, (B, H, W); ``distance`` is (B, N, H, W).
 
     An argmin takes OpenVINO longer than all the rest. So items are laid out in rows: minima of the columns tell in
-    which column the nearest is, and that column alone is searched.
+    which column the nearest is, and that column alone is searched. In a graph for batches of any size, OpenVINO would
+    transpose all distances for that, which takes longer than to search them all.
     """
     count = distance.shape[1]
     rows = max(divisor for divisor in range(1, math.isqrt(count) + 1) if count % divisor == 0)
+    if rows < FEWEST_ROWS or type(distance.shape[0]) is not int:  # symbolic
+        return _first_minimum(distance)
     columns = count // rows
     grid = distance.movedim(1, -1).reshape(-1, rows, columns)
     column = _first_minimum(grid.amin(dim=1))
@@ -236,7 +241,12 @@ def _nearest(distance: Tensor) -> Tensor:
 
 
 def _first_minimum(values: Tensor) -> Tensor:
-    """Index of the first minimum of each row of (n, m). Integers keep it whole in an inference in 16 bits."""
+    """Index of the first minimum along the second dimension of (n, m, ...).
+
+    Integers keep it whole in an inference in 16 bits. Numbers of another rank than the values take OpenVINO twice as
+    long as these.
+    """
     number = torch.arange(values.shape[1], dtype=torch.int32, device=values.device)
+    number = number.reshape(1, -1, *[1] * (values.ndim - 2))
     is_minimum = values == values.amin(dim=1, keepdim=True)
     return torch.where(is_minimum, number, values.shape[1] - 1).amin(dim=1)
