@@ -60,8 +60,8 @@ def inference_speed(
         models: Models of the package or of anomalib; the others are compared with the first one. What follows the first
             word tells entries of one model apart, such as "FractalMemory" and "FractalMemory with a head".
         runtimes: Runtimes to time them in.
-        arguments: Further arguments, by the entry in models, such as {"AAND": {"strides": [8, 16]}}; memory_items
-            among them holds for that entry alone.
+        arguments: Further arguments, by the entry in models, such as {"AAND": {"strides": [8, 16]}}; PatchCore's
+            may have a memory_items of their own.
         memory_items: Size of PatchCore's memory.
         sizes: Height and width of the image for single models, by the entry in models.
         cpu_time: Tell CPU time in place of latency: for a machine that is busy with other work.
@@ -103,8 +103,9 @@ def _prepare(
     timed, flops = {}, {}
     for name in models:
         size = sizes.get(name, image_size)
-        given = {"memory_items": memory_items, **arguments.get(name, {})}
-        model = make_model(name.split()[0], backbone, size, given, given.pop("memory_items"))
+        given = dict(arguments.get(name, {}))
+        items = given.pop("memory_items", memory_items) if name.startswith("Patchcore") else memory_items
+        model = make_model(name.split()[0], backbone, size, given, items)
         flops[name], image = _gigaflops(model, size), torch.rand(3, size, size)
         for runtime in runtimes:
             timed[name, runtime] = _load(model, runtime, Path(folder) / name, image, threads)

@@ -97,9 +97,9 @@ def test_inference_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
             models=("ADPS", "Patchcore"),
             arguments={
                 "ADPS": {"patches": 2},
-                "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"]},
+                "Patchcore": {"backbone": "test_resnet", "layers": ["layer2", "layer3"], "memory_items": 100},
             },
-            memory_items=100,
+            memory_items=7,
             sizes={"Patchcore": 96},
             cpu_time=True,
         )

@@ -14,7 +14,7 @@ from anomalib_fractalad.models.fractalmemory import FractalMemory, FractalMemory
 from anomalib_fractalad.models.fractalmemory.gathering import MOST_HELD, Gathering
 from anomalib_fractalad.models.fractalmemory.head import BoundedVote, ResidualHead
 from anomalib_fractalad.models.fractalmemory.loss import SegmentationLoss
-from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory, _nearest
+from anomalib_fractalad.models.fractalmemory.memory import Descriptor, FeatureMemory, _nearest, _nearest_by_rows
 from anomalib_fractalad.models.fractalmemory.saturation import Saturation
 from anomalib_fractalad.models.fractalmemory.stages import Stage, StagePlan
 from anomalib_fractalad.models.fractalmemory.statistics import (
@@ -211,13 +211,15 @@ def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 293, 300, 2000])  # alone, prime, and with divisors
-def test_one_of_the_items_that_are_nearest_is_found(count: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (293, 1), (300, 15), (2000, 40)])
+def test_of_items_that_are_equally_near_the_first_is_taken(count: int, rows: int, dtype: torch.dtype) -> None:
     distance = torch.randint(0, 5, (3, count, 4, 6)).to(dtype) - 2
     distance[:, 0, 0] = -3  # the first and the last
     distance[:, -1, 1] = -3
     distance[0, 5:] = torch.inf
-    found = _nearest(distance)
+    assert torch.equal(_nearest(distance).long(), distance.argmin(dim=1))
+    # By rows, one of them is.
+    found = _nearest_by_rows(distance, rows)
     assert found.shape == (3, 4, 6)
     assert torch.equal(distance.gather(1, found.long().unsqueeze(1)).squeeze(1), distance.amin(dim=1))
     assert (found[:, 0] == 0).all()

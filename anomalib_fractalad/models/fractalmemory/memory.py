@@ -221,16 +221,26 @@ def _compare(query: Tensor, items: Tensor) -> Tensor:
 
 
 def _nearest(distance: Tensor) -> Tensor:
-    """Which of N items is nearest, any of those that are, (B, H, W); ``distance`` is (B, N, H, W).
+    """Which of N items is nearest, (B, H, W); ``distance`` is (B, N, H, W).
 
-    An argmin takes OpenVINO longer than all the rest. So items are laid out in rows: minima of the columns tell in
-    which column the nearest is, and that column alone is searched. In a graph for batches of any size, OpenVINO would
-    transpose all distances for that, which takes longer than to search them all.
+    A file for one image is searched by rows. torch is faster without, and in a graph for batches of any size, OpenVINO
+    would transpose all distances for it, which takes longer than to search them all.
     """
     count = distance.shape[1]
     rows = max(divisor for divisor in range(1, math.isqrt(count) + 1) if count % divisor == 0)
-    if rows < FEWEST_ROWS or type(distance.shape[0]) is not int:  # symbolic
-        return _first_minimum(distance)
+    static = type(distance.shape[0]) is int
+    if torch.compiler.is_exporting() and static and rows >= FEWEST_ROWS:
+        return _nearest_by_rows(distance, rows)
+    return _first_minimum(distance)
+
+
+def _nearest_by_rows(distance: Tensor, rows: int) -> Tensor:
+    """Which of N items is nearest, any of those that are, (B, H, W); ``distance`` is (B, N, H, W).
+
+    Items are laid out in rows: minima of the columns tell in which column the nearest is, and that column alone is
+    searched.
+    """
+    count = distance.shape[1]
     columns = count // rows
     grid = distance.movedim(1, -1).reshape(-1, rows, columns)
     column = _first_minimum(grid.amin(dim=1))
@@ -243,8 +253,8 @@ def _nearest(distance: Tensor) -> Tensor:
 def _first_minimum(values: Tensor) -> Tensor:
     """Index of the first minimum along the second dimension of (n, m, ...).
 
-    Integers keep it whole in an inference in 16 bits. Numbers of another rank than the values take OpenVINO twice as
-    long as these.
+    An argmin takes OpenVINO longer than all the rest, and numbers of another rank than the values twice as long as
+    these. Integers keep the index whole in an inference in 16 bits.
     """
     number = torch.arange(values.shape[1], dtype=torch.int32, device=values.device)
     number = number.reshape(1, -1, *[1] * (values.ndim - 2))
