@@ -221,15 +221,17 @@ def fractalmemory_loss(step: Step, generator: Any) -> Tensor:
     passed = torch.rand(len(owners), *network.memory.owners.shape) >= share[:, None, None]
     passed |= network.memory.owners == owners[:, None, None]
     with torch.no_grad():
-        query = network.descriptor(network.teacher(torch.cat([anomalous, normal[chosen]]))).movedim(1, -1)
+        query = network.descriptor(network.teacher(torch.cat([anomalous, normal[chosen]])))
         residuals, lengths, first = [], [], 0
-        for level, channels in enumerate(network.teacher.channels):
-            places, items = (rows[..., first : first + channels] for rows in (query, network.memory.items))
-            distance = torch.cdist(places.flatten(1, 2), items.expand(len(query), -1, -1))
+        for level, places in enumerate(query):
+            items = network.memory.items[:, first : first + places.shape[1]]
+            distance = torch.cdist(places.flatten(2).mT, items.expand(len(places), -1, -1))
             nearest = distance.masked_fill(passed[:, None, :, level], torch.inf).argmin(dim=-1)
-            residuals.append((places - items[nearest].view_as(places)).movedim(-1, 1))
-            lengths.append(residuals[-1].square().mean(dim=1, keepdim=True).sqrt())
-            first += channels
+            residual = places - items[nearest].mT.reshape(places.shape)
+            length = residual.square().mean(dim=1, keepdim=True).sqrt()
+            for parts, part in ((residuals, residual), (lengths, length)):
+                parts.append(F.interpolate(part, size=query[1].shape[-2:], mode="bilinear"))
+            first += places.shape[1]
         residual, far = torch.cat(residuals, dim=1), torch.stack(lengths).sum(dim=0)
     mask = F.adaptive_avg_pool2d(mask.float(), [2 * side for side in far.shape[-2:]])
     flipped = [axis for axis in (3, 2) if torch.rand(()) < 0.5]

@@ -53,16 +53,16 @@ def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
         mean, deviation = values.mean((0, 2, 3), keepdim=True), values.std((0, 2, 3), correction=0, keepdim=True)
         standard.append((values - mean) / deviation)
     inside = F.avg_pool2d(torch.ones(1, 1, 8, 8, dtype=torch.float64), 3, 1, 1)
-    wide = F.interpolate(
-        F.avg_pool2d(torch.ones(1, 1, 4, 4, dtype=torch.float64), 3, 1, 1), size=(8, 8), mode="bilinear"
-    )
+    wide = F.avg_pool2d(torch.ones(1, 1, 4, 4, dtype=torch.float64), 3, 1, 1)
     pooled = [
         F.avg_pool2d(F.avg_pool2d(standard[0], 2), 3, 1, 1),
         F.avg_pool2d(standard[1], 3, 1, 1),
-        F.avg_pool2d(F.interpolate(standard[2], size=(8, 8), mode="bilinear"), 3, 1, 1) / inside * wide,
+        F.avg_pool2d(F.avg_pool2d(F.interpolate(standard[2], size=(8, 8), mode="bilinear"), 3, 1, 1) / inside, 2)
+        * wide,
     ]
-    described = descriptor(features).movedim(1, -1).flatten(0, 2)
-    for level, found in zip(pooled, torch.split(described, CHANNELS, dim=1), strict=True):
+    described = descriptor(features)
+    for level, place in zip(pooled, described, strict=True):
+        found = place.movedim(1, -1).flatten(0, 2)
         rows = level.movedim(1, -1).flatten(0, 2)
         rows = rows - rows.mean(0)
         covariance = rows.mT @ rows / len(rows) + REGULARIZATION * torch.eye(rows.shape[1], dtype=torch.float64)
@@ -70,9 +70,10 @@ def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
         root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
         expected = torch.cdist(rows @ root, rows @ root)  # whitenings differ by a rotation
         torch.testing.assert_close(torch.cdist(found.double(), found.double()), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(described.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
-    averages = extended_average(features).movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), described, atol=1e-3, rtol=1e-3)
+    joined = torch.cat([*described[:2], F.interpolate(described[2], size=(8, 8))], dim=1).movedim(1, -1)
+    torch.testing.assert_close(joined.mean((0, 1, 2)), torch.zeros(9), atol=1e-4, rtol=0)
+    averages = extended_average(features).movedim(1, -1)
+    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), joined, atol=1e-3, rtol=1e-3)
 
 
 def test_levels_are_scaled_by_their_range_over_normal_places_and_weighed() -> None:
@@ -171,7 +172,7 @@ def test_a_silent_channel_is_no_fault() -> None:
     moments, descriptor = Moments(CHANNELS), Descriptor(CHANNELS)
     moments.update(features, extended_average(features))
     assert moments.fit(descriptor).isfinite().all()
-    assert descriptor(features).abs().max() < 1e-6
+    assert torch.cat([level.flatten() for level in descriptor(features)]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("channels", [5, 100])
@@ -195,11 +196,11 @@ def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself()
     memory = FeatureMemory(50, CHANNELS)
     items, owners = torch.randn(50, 9), torch.stack([torch.randperm(50) % 5 for _ in CHANNELS], dim=1)
     memory.fill(items, owners)
-    query = torch.randn(3, 9, 4, 6)
+    query = [torch.randn(3, CHANNELS[0], 4, 6), torch.randn(3, CHANNELS[1], 4, 6), torch.randn(3, CHANNELS[2], 2, 3)]
     everything = memory(query)
     hidden = memory.hide(torch.tensor([4, 0, 77]), torch.ones(3))
     without = memory(query, hidden)
-    levels = zip(*(torch.split(part, CHANNELS, dim=1) for part in (query, everything, without, items)), strict=True)
+    levels = zip(query, everything, without, torch.split(items, CHANNELS, dim=1), strict=True)
     for number, (level, found, others_found, level_items) in enumerate(levels):
         rows = level.movedim(1, -1)
         nearest = level_items[torch.cdist(rows.flatten(0, 2), level_items).argmin(1)]
@@ -244,7 +245,7 @@ def test_an_image_that_owns_all_of_a_level_is_compared_with_it() -> None:
     hidden = memory.hide(torch.tensor([1]), torch.ones(1))
     assert not hidden[..., 0].any()
     assert hidden[0, :, 1].tolist() == [True, False, True, True, False, True, True]
-    assert memory(torch.randn(1, 2, 2, 2), hidden).isfinite().all()
+    assert all(level.isfinite().all() for level in memory([torch.randn(1, 1, 2, 2)] * 2, hidden))
     assert len(memory.items.unique(dim=0)) == 3  # few items are repeated
 
 
@@ -311,13 +312,13 @@ def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(d
     for part in (slice(0, 4), slice(4, 6)):
         gathering.add(teacher, images[part], owner[part])
     gathering.finish(network)
-    places = network.descriptor(teacher(images)).movedim(1, -1).flatten(0, 2)
-    for number, level in enumerate(torch.split(places, 8, dim=1)):
+    for number, described in enumerate(network.descriptor(teacher(images))):
+        level = F.interpolate(described, size=(4, 6)).movedim(1, -1).flatten(0, 2)
         # Scaling changes no order.
         farthest = farthest_points(level, 30)
         found = torch.split(network.memory.items, 8, dim=1)[number]
         torch.testing.assert_close(found, level[farthest], atol=1e-3, rtol=1e-3)
-        assert torch.equal(network.memory.owners[:, number], owner.repeat_interleave(len(places) // 6)[farthest])
+        assert torch.equal(network.memory.owners[:, number], owner.repeat_interleave(len(level) // 6)[farthest])
     # New images of the kind lie as far as normal ones do: at 1 in all.
     distances = network.memory.distances(network.descriptor(teacher(torch.rand(50, 3, 32, 48))))
     assert 0.6 < distances.sum(dim=1).median() < 1.4
@@ -414,17 +415,16 @@ def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
     usual, spread = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
     network.saturation.usual.copy_(usual), network.saturation.spread.copy_(spread)
     images = torch.rand(2, 3, 64, 96)
-    query = network.descriptor(network.teacher(images)).movedim(1, -1)
-    distance, saturated, residuals = *torch.zeros(2, 2, 1, *query.shape[1:3]), []
-    for number, (level, level_items) in enumerate(
-        zip(*(torch.split(rows, channels, dim=-1) for rows in (query, items)), strict=True)
-    ):
+    query = [level.movedim(1, -1) for level in network.descriptor(network.teacher(images))]
+    distance, saturated, residuals = *torch.zeros(2, 2, 1, 8, 12), []
+    for number, (level, level_items) in enumerate(zip(query, torch.split(items, channels, dim=1), strict=True)):
         far, nearest = torch.cdist(level, level_items).min(dim=-1)
-        far = far.unsqueeze(1) / level_items.shape[1] ** 0.5
+        far = F.interpolate(far.unsqueeze(1) / level_items.shape[1] ** 0.5, size=(8, 12), mode="bilinear")
         distance += far
         saturated += spread[number] / 1.5 * (1.3 * (far - usual[number]) / spread[number]).tanh()
-        residuals.append(level - level_items[nearest])
-    logit = network.head(torch.cat(residuals, dim=-1).movedim(-1, 1), distance)
+        residual = (level - level_items[nearest]).movedim(-1, 1)
+        residuals.append(F.interpolate(residual, size=(8, 12), mode="bilinear"))
+    logit = network.head(torch.cat(residuals, dim=1), distance)
     fine, shown = (F.interpolate(maps, scale_factor=2, mode="bilinear") for maps in (distance, saturated))
 
     def smoothed(maps: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ from .stages import Stage, StagePlan
 from .statistics import check_level_weights, check_sizes
 from .torch_model import FractalMemoryModel
 
+IMAGE_SIZE = 320, 320
 WEIGHT_DECAY = 0.01
 NORMAL_SHARE = 4  # anomalous images for each normal one
 SMALLEST_SHARE = 1 / 16  # of the memory, that an image is compared with in training
@@ -82,7 +83,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
             Left out, the trainer's max_epochs rules.
         roi: Region of interest: a mask image with the proportions of the images, white on what counts. What lies
             outside is neither trained on nor scored nor shown. Left out, all counts.
-        pre_processor: Pre-processor, or whether to use the default, which resizes to 256x256. It must not normalize.
+        pre_processor: Pre-processor, or whether to use the default, which resizes to 320x320. It must not normalize.
         post_processor: Post-processor, or whether to use the default, OrderPreservingPostProcessor.
         evaluator: Evaluator, or whether to use the default metrics.
         visualizer: Visualizer, or whether to use anomalib's default.
@@ -124,7 +125,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         lighting: float = 0.0,
         head: bool = False,
         width: int = 64,
-        sigma: int = 4,
+        sigma: int = 5,
         score: Reduction = "top",
         top_share: float = 0.005,
         learning_rate: float = 0.002,
@@ -164,6 +165,11 @@ class FractalMemory(OneClassModule, AnomalibModule):
         self.idle = nn.Parameter(torch.zeros(1)) if self.model.head is None else None
         self._gathering: Gathering | None = None
         self._calibration: Calibration | None = None
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to (height, width), 320x320 by default, and nothing else: the network normalizes by itself."""
+        return OneClassModule.configure_pre_processor(image_size or IMAGE_SIZE)
 
     @staticmethod
     def sets_own_length(arguments: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ FEWEST_ROWS = 4  # of items; with fewer, a search by rows and columns gains noth
 
 
 class Descriptor(nn.Module):
-    """Standardized features, averaged over 3x3 places, joined at the middle level's stride, whitened and weighed.
+    """Standardized features, averaged over 3x3 places of the middle level's stride, whitened and weighed by level.
 
     The border, whose features are noise, is damped (see :func:`average`).
 
@@ -43,23 +43,26 @@ class Descriptor(nn.Module):
         self.register_buffer("whiten", torch.eye(total))
         self.register_buffer("shift", torch.zeros(total))
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Describe each place of the middle level.
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Describe the places of each level.
 
         Args:
             features: (B, C_i, H_i, W_i) for each level, from the finest to the coarsest.
 
         Returns:
-            (B, C, H_1, W_1), C the sum of C_i, of zero mean on normal images.
+            What :func:`average` gives, whitened: (B, C_i, h_i, w_i) for each level, of zero mean on normal images.
         """
-        means, deviations = (by_level(values, self.channels) for values in (self.mean, self.deviation))
+        means, deviations, shifts = (by_level(v, self.channels) for v in (self.mean, self.deviation, self.shift))
         standard = [
             (at_least_float32(level) - mean[:, None, None]) / deviation[:, None, None]
             for level, mean, deviation in zip(features, means, deviations, strict=True)
         ]
-        averages = average(standard)
-        whitened = self.whiten @ averages.flatten(2) + self.shift[:, None]
-        return whitened.reshape(averages.shape)
+        rows = by_level(self.whiten, self.channels)
+        blocks = [by_level(level, self.channels, dim=1)[i] for i, level in enumerate(rows)]
+        return [
+            (whiten @ level.flatten(2) + shift[:, None]).reshape(level.shape)
+            for level, whiten, shift in zip(average(standard), blocks, shifts, strict=True)
+        ]
 
 
 def by_level(values: Tensor, channels: Sequence[int], dim: int = 0) -> list[Tensor]:
@@ -76,26 +79,61 @@ def by_level(values: Tensor, channels: Sequence[int], dim: int = 0) -> list[Tens
     return [values.narrow(dim, end - count, count) for count, end in zip(channels, accumulate(channels), strict=True)]
 
 
-def average(features: Sequence[Tensor]) -> Tensor:
-    """Average over 3x3 places of the middle level, join the levels, and damp the border, whose features are noise.
+def average(features: Sequence[Tensor]) -> list[Tensor]:
+    """Average over 3x3 places of the middle level's stride, and damp the border, whose features are noise.
 
-    Each place is multiplied by the share of a 3x3 window, at its level's own stride, that lies within the image;
-    windows of the fine level are the middle one's. This is what counting the zeros beyond the border does in PatchCore,
-    without averages as wide as the coarse level's windows.
+    The coarse level keeps its own stride: one of its places gets the mean of the four that lie in it at the middle
+    level's. Each place is multiplied by the share of a 3x3 window, at its level's own stride, that lies within the
+    image; windows of the fine level are the middle one's. This is what counting the zeros beyond the border does in
+    PatchCore, without averages as wide as the coarse level's windows.
 
     Args:
         features: (B, C_i, H_i, W_i) for the levels of strides 4, 8 and 16.
 
     Returns:
+        (B, C_0, H_1, W_1), (B, C_1, H_1, W_1), (B, C_2, H_2, W_2).
+    """
+    fine, middle, coarse = features
+    doubled = resize(coarse, [2 * side for side in coarse.shape[-2:]])
+    means = [_mean(resize(fine, middle.shape[-2:])), _mean(middle), F.avg_pool2d(_mean(doubled), 2)]
+    return [mean * _inside(mean) for mean in means]
+
+
+def _mean(level: Tensor) -> Tensor:
+    return F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _inside(level: Tensor) -> Tensor:
+    """The share of each 3x3 window that lies within the image, (1, 1, H, W)."""
+    return F.avg_pool2d(torch.ones_like(level[:1, :1]), 3, stride=1, padding=1)
+
+
+def join(levels: Sequence[Tensor]) -> Tensor:
+    """Join levels at the middle level's places; those of the coarse level, the last, are repeated.
+
+    Args:
+        levels: What :func:`average` gives.
+
+    Returns:
         (B, C, H_1, W_1), C the sum of C_i.
     """
-    size = tuple(features[1].shape[-2:])
-    averages = []
-    for level, own in zip(features, (features[1], features[1], features[2]), strict=True):
-        inside = resize(F.avg_pool2d(torch.ones_like(own[:1, :1]), 3, stride=1, padding=1), size).to(level.dtype)
-        mean = F.avg_pool2d(resize(level, size), 3, stride=1, padding=1, count_include_pad=False)
-        averages.append(mean * inside)
-    return torch.cat(averages, dim=1)
+    *finer, coarse = levels
+    height, width = finer[0].shape[-2:]
+    repeated = coarse.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    return torch.cat([*finer, repeated[..., :height, :width]], dim=1)
+
+
+def align(levels: Sequence[Tensor]) -> Tensor:
+    """Join levels at the middle level's size; the coarse level, the last, is resized.
+
+    Args:
+        levels: (B, c_i, h_i, w_i) for each level.
+
+    Returns:
+        (B, c, h_0, w_0), c the sum of c_i.
+    """
+    *finer, coarse = levels
+    return torch.cat([*finer, resize(coarse, levels[0].shape[-2:])], dim=1)
 
 
 class FeatureMemory(nn.Module):
@@ -157,15 +195,15 @@ class FeatureMemory(nn.Module):
         thinned = own | (torch.rand(own.shape) >= share[:, None, None]).to(own.device, non_blocking=True)
         return torch.where(thinned.all(dim=1, keepdim=True), own, thinned)
 
-    def forward(self, query: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Find each level's nearest item to each place.
+    def forward(self, query: Sequence[Tensor], hidden: Tensor | None = None) -> list[Tensor]:
+        """Find each level's nearest item to each of its places.
 
         Args:
-            query: (B, C, H, W).
+            query: (B, C_i, H_i, W_i) for each level.
             hidden: Items that are passed over, boolean (B, N, S), but not all of a level. Left out, none are.
 
         Returns:
-            The nearest items, (B, C, H, W).
+            The nearest items, (B, C_i, H_i, W_i) for each level.
         """
         found = []
         for number, (level, items) in enumerate(self._levels(query)):
@@ -175,16 +213,16 @@ class FeatureMemory(nn.Module):
             else:  # in training, which is never exported
                 index = distance.masked_fill_(hidden[..., number, None, None], torch.inf).argmin(dim=1)
             found.append(F.embedding(index, items).permute(0, 3, 1, 2))
-        return torch.cat(found, dim=1)
+        return found
 
-    def distances(self, query: Tensor) -> Tensor:
+    def distances(self, query: Sequence[Tensor]) -> Tensor:
         """Measure how far each level's nearest item is, without telling which it is, which takes longer.
 
         Args:
-            query: (B, C, H, W).
+            query: (B, C_i, H_i, W_i) for each level.
 
         Returns:
-            What :meth:`lengths` gives of the difference, (B, S, H, W).
+            What :meth:`lengths` gives of the differences, (B, S, H_1, W_1).
         """
         squares = [
             _compare(level, items).amin(dim=1, keepdim=True) + level.square().sum(dim=1, keepdim=True)
@@ -192,27 +230,35 @@ class FeatureMemory(nn.Module):
         ]
         return self._roots(squares)
 
-    def lengths(self, residual: Tensor) -> Tensor:
+    def lengths(self, residual: Sequence[Tensor]) -> Tensor:
         """Measure differences from nearest items, level by level.
 
         Args:
-            residual: (B, C, H, W).
+            residual: (B, C_i, H_i, W_i) for each level.
 
         Returns:
-            Root mean square over each level's channels, (B, S, H, W).
+            Root mean square over each level's channels, at the middle level's size, (B, S, H_1, W_1).
         """
-        return self._roots([level.square().sum(dim=1, keepdim=True) for level in self._split(residual)])
+        return self._roots([level.square().sum(dim=1, keepdim=True) for level in residual])
 
-    def _split(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(maps, self.channels, dim=1)
+    def split(self, places: Tensor) -> list[Tensor]:
+        """Split places that have all levels.
 
-    def _levels(self, query: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each level's part of a query, and its items."""
-        return list(zip(self._split(query), by_level(self.items, self.channels, dim=1), strict=True))
+        Args:
+            places: (n, C).
+
+        Returns:
+            Queries of single places, (n, C_i, 1, 1) for each level.
+        """
+        return list(torch.split(places[..., None, None], self.channels, dim=1))
+
+    def _levels(self, query: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each level of a query, and its items."""
+        return list(zip(query, by_level(self.items, self.channels, dim=1), strict=True))
 
     def _roots(self, squares: Sequence[Tensor]) -> Tensor:
         means = [square / channels for square, channels in zip(squares, self.channels, strict=True)]
-        return torch.cat([mean.clamp(min=1e-12).sqrt() for mean in means], dim=1)
+        return align([mean.clamp(min=1e-12).sqrt() for mean in means])
 
 
 def _compare(query: Tensor, items: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import check_count, check_positive
 
-from .memory import Descriptor, FeatureMemory, average
+from .memory import Descriptor, FeatureMemory, average, join
 
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 LEVELS = 3
@@ -226,7 +226,7 @@ def places(maps: Tensor, inside: Tensor | None = None) -> Tensor:
 
 
 def extended_average(features: Sequence[Tensor]) -> Tensor:
-    """Averages of features, and of ones at each level.
+    """Averages of features, and of ones at each level, at the middle level's places.
 
     Args:
         features: (B, C_i, H_i, W_i) for the levels of strides 4, 8 and 16.
@@ -234,8 +234,8 @@ def extended_average(features: Sequence[Tensor]) -> Tensor:
     Returns:
         (B, C + S, H_1, W_1), the ones behind all channels.
     """
-    ones = average([torch.ones_like(level[:1, :1]) for level in features])
-    averages = average(features)
+    ones = join(average([torch.ones_like(level[:1, :1]) for level in features]))
+    averages = join(average(features))
     return torch.cat([averages, ones.expand(len(averages), -1, -1, -1)], dim=1)
 
 
@@ -298,8 +298,10 @@ def level_scales(
     rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
     distances = []
     for part in torch.split(rows, max(COMPARISONS // len(memory.items), 1)):
-        query = candidates[part][..., None, None]
-        distances.append(memory.lengths(query - memory(query, memory.own(owners[part]))).flatten(1))
+        query = memory.split(candidates[part])
+        nearest = memory(query, memory.own(owners[part]))
+        residual = [level - item for level, item in zip(query, nearest, strict=True)]
+        distances.append(memory.lengths(residual).flatten(1))
     distance = torch.cat(distances)
     usual, rare = (torch.quantile(distance, share, dim=0).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
     spread = (rare - usual).clamp(min=SMALLEST_DISTANCE)

@@ -22,7 +22,7 @@ from anomalib_fractalad.models.components import (
 from anomalib_fractalad.models.components.smoothing import GaussianSmoothing
 
 from .head import BoundedVote, ResidualHead
-from .memory import Descriptor, FeatureMemory
+from .memory import Descriptor, FeatureMemory, align
 from .saturation import Saturation
 
 STRIDES = (4, 8, 16)
@@ -56,7 +56,7 @@ class FractalMemoryModel(AnomalyNetwork):
         saturation: float = 1.0,
         head: bool = False,
         width: int = 64,
-        sigma: int = 4,
+        sigma: int = 5,
         score: Reduction = "top",
         top_share: float = 0.005,
         weights: str | Path | None = None,
@@ -166,5 +166,5 @@ class FractalMemoryModel(AnomalyNetwork):
         """
         with torch.autocast(features[0].device.type, enabled=False):
             query = self.descriptor(features)
-            residual = query - self.memory(query, hidden)
-            return residual, self.memory.lengths(residual)
+            residual = [level - item for level, item in zip(query, self.memory(query, hidden), strict=True)]
+            return align(residual), self.memory.lengths(residual)
