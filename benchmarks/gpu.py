@@ -58,7 +58,7 @@ def gpu(
         generator_batch_size: Number of images in a batch of anomalies. A GPU takes as long for 16 images as for 256:
             the time is that of starting its work.
         repetitions: Number of timed batches and steps.
-        epochs: Length of FractalMemory's training, with a head as in configs/recommended.yaml.
+        epochs: Length of FractalMemory's training, with a head.
         draem_steps: Length of DRAEM's training.
     """
     output.mkdir(parents=True, exist_ok=True)

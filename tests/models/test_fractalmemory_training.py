@@ -150,6 +150,14 @@ def test_a_head_that_does_harm_does_not_count(trained: Any) -> None:
         network.load_state_dict(state)
 
 
+def test_images_have_320_pixels_a_side_unless_told_otherwise() -> None:
+    images = torch.rand(1, 3, 40, 60)
+    given = (48, 64)
+    model = FractalMemory("test_resnet", pre_trained=False, memory_size=5, visualizer=False)
+    assert model.pre_processor(images).shape[-2:] == (320, 320)
+    assert FractalMemory.configure_pre_processor(given)(images).shape[-2:] == given
+
+
 def test_an_endless_training_is_refused(tiles: Folder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_epochs is -1; FractalMemory"):
         small_engine(tmp_path, max_epochs=-1).fit(small_model(), datamodule=tiles)
