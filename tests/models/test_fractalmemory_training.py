@@ -177,7 +177,7 @@ def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path
     loaded = FractalMemory.load_from_checkpoint(checkpoint, sigma=2, saturation=0.5)
     assert torch.equal(loaded.model.memory.items, model.model.memory.items)
     assert (loaded.model.saturation.strength, model.model.saturation.strength) == (0.5, 1.0)
-    assert (loaded.model.smooth.radius, model.model.smooth.radius) == (8, 16)
+    assert (loaded.model.smooth.radius, model.model.smooth.radius) == (8, 20)
     with pytest.raises(ValueError, match="memory_size is 40 here, and 50 there"):
         FractalMemory.load_from_checkpoint(checkpoint, memory_size=40)
 
