@@ -57,11 +57,10 @@ class Descriptor(nn.Module):
             (at_least_float32(level) - mean[:, None, None]) / deviation[:, None, None]
             for level, mean, deviation in zip(features, means, deviations, strict=True)
         ]
-        rows = by_level(self.whiten, self.channels)
-        blocks = [by_level(level, self.channels, dim=1)[i] for i, level in enumerate(rows)]
+        whitenings = diagonal_blocks(self.whiten, self.channels)
         return [
             (whiten @ level.flatten(2) + shift[:, None]).reshape(level.shape)
-            for level, whiten, shift in zip(average(standard), blocks, shifts, strict=True)
+            for level, whiten, shift in zip(average(standard), whitenings, shifts, strict=True)
         ]
 
 
@@ -77,6 +76,19 @@ def by_level(values: Tensor, channels: Sequence[int], dim: int = 0) -> list[Tens
         One part for each level.
     """
     return [values.narrow(dim, end - count, count) for count, end in zip(channels, accumulate(channels), strict=True)]
+
+
+def diagonal_blocks(matrix: Tensor, channels: Sequence[int]) -> list[Tensor]:
+    """Take each level's own block out of a matrix.
+
+    Args:
+        matrix: (C, C), C the sum of all channels.
+        channels: Channels of each level.
+
+    Returns:
+        (C_i, C_i) for each level.
+    """
+    return [by_level(rows, channels, dim=1)[i] for i, rows in enumerate(by_level(matrix, channels))]
 
 
 def average(features: Sequence[Tensor]) -> list[Tensor]:
@@ -215,6 +227,18 @@ class FeatureMemory(nn.Module):
             found.append(F.embedding(index, items).permute(0, 3, 1, 2))
         return found
 
+    def residual(self, query: Sequence[Tensor], hidden: Tensor | None = None) -> list[Tensor]:
+        """Subtract what :meth:`forward` finds.
+
+        Args:
+            query: (B, C_i, H_i, W_i) for each level.
+            hidden: As for :meth:`forward`.
+
+        Returns:
+            (B, C_i, H_i, W_i) for each level.
+        """
+        return [level - item for level, item in zip(query, self(query, hidden), strict=True)]
+
     def distances(self, query: Sequence[Tensor]) -> Tensor:
         """Measure how far each level's nearest item is, without telling which it is, which takes longer.
 
@@ -250,7 +274,7 @@ class FeatureMemory(nn.Module):
         Returns:
             Queries of single places, (n, C_i, 1, 1) for each level.
         """
-        return list(torch.split(places[..., None, None], self.channels, dim=1))
+        return by_level(places[..., None, None], self.channels, dim=1)
 
     def _levels(self, query: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Each level of a query, and its items."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import check_count, check_positive
 
-from .memory import Descriptor, FeatureMemory, average, join
+from .memory import Descriptor, FeatureMemory, average, diagonal_blocks, join
 
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 LEVELS = 3
@@ -128,8 +128,7 @@ class Moments(nn.Module):
         center = self.sum / self.places
         covariance = self.products / self.places - torch.outer(center, center)
         covariance = standardize @ covariance @ standardize.mT
-        rows = torch.split(covariance, self.channels)
-        blocks = [torch.split(level_rows, self.channels, dim=1)[i] for i, level_rows in enumerate(rows)]
+        blocks = diagonal_blocks(covariance, self.channels)
         whiten = torch.block_diag(*map(_whitening, blocks))  # type: ignore[no-untyped-call]
         shift = -whiten @ standardize @ center
         for buffer, value in (
@@ -298,9 +297,7 @@ def level_scales(
     rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
     distances = []
     for part in torch.split(rows, max(COMPARISONS // len(memory.items), 1)):
-        query = memory.split(candidates[part])
-        nearest = memory(query, memory.own(owners[part]))
-        residual = [level - item for level, item in zip(query, nearest, strict=True)]
+        residual = memory.residual(memory.split(candidates[part]), memory.own(owners[part]))
         distances.append(memory.lengths(residual).flatten(1))
     distance = torch.cat(distances)
     usual, rare = (torch.quantile(distance, share, dim=0).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))

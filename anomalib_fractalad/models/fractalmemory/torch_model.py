@@ -165,6 +165,5 @@ class FractalMemoryModel(AnomalyNetwork):
             distances, its root mean square over each level's channels, (B, S, H, W).
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            query = self.descriptor(features)
-            residual = [level - item for level, item in zip(query, self.memory(query, hidden), strict=True)]
+            residual = self.memory.residual(self.descriptor(features), hidden)
             return align(residual), self.memory.lengths(residual)
