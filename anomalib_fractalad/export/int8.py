@@ -21,6 +21,7 @@ from anomalib_fractalad.training.random_state import seeded
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 from .memory import quiet
+from .openvino import halve_weights
 
 if TYPE_CHECKING:
     from openvino import Model
@@ -201,11 +202,11 @@ def compress(
     metric: Metric | None = None,
     max_drop: float = 0.01,
 ) -> "Model":
-    """Compress an exported network to INT8.
+    """Compress an exported network.
 
     Args:
         model: The network.
-        compression_type: ``INT8`` (weights alone), ``INT8_PTQ`` or ``INT8_ACQ``.
+        compression_type: ``FP16``, ``INT8`` (weights alone), ``INT8_PTQ`` or ``INT8_ACQ``.
         datamodule: Images for ``INT8_PTQ`` and ``INT8_ACQ``.
         metric: For ``INT8_ACQ``; left out, F1 of images.
         max_drop: For ``INT8_ACQ``: how much the metric may lose.
@@ -213,6 +214,9 @@ def compress(
     Returns:
         The compressed network.
     """
+    if compression_type == CompressionType.FP16:
+        halve_weights(model)
+        return model
     import nncf  # noqa: PLC0415
 
     if compression_type == CompressionType.INT8:
@@ -249,6 +253,8 @@ def check_compression(
         ValueError: If there are no images, or ``max_drop`` is out of range.
         ModuleNotFoundError: If NNCF is not installed.
     """
+    if compression_type == CompressionType.FP16:
+        return
     if find_spec("nncf") is None:
         msg = "compression to INT8 needs NNCF: install anomalib-fractalad[openvino]"
         raise ModuleNotFoundError(msg)

@@ -210,8 +210,7 @@ class ExportModule(_Base):
             extensions = [decide_constant_choices(), *(given if isinstance(given, list) else [given])]
             ov_kwargs = {**(ov_kwargs or {}), "extension": extensions}
         arguments: dict[str, Any] = {"input_size": input_size, "ov_kwargs": ov_kwargs, "onnx_kwargs": onnx_kwargs}
-        if compression_type in (None, CompressionType.FP16):
-            arguments["compression_type"] = compression_type
+        if compression_type is None:
             return mark_as_own(super().to_openvino(export_root, model_file_name, **arguments))
         compression_type = CompressionType(compression_type)  # a program may give its value
         check_compression(compression_type, datamodule, max_drop)

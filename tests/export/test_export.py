@@ -27,13 +27,14 @@ from conftest import (
     small_engine,
     small_model,
 )
-from openvino import Core
+from openvino import Core, Model, Type, opset13
 from torchvision.transforms.v2 import Resize
 
 import anomalib_fractalad
 from anomalib_fractalad.export.int8 import CONVOLUTIONS
 from anomalib_fractalad.export.memory import generated_code, leave_nothing_behind, symbolic_shapes
 from anomalib_fractalad.export.networks import MatrixUpsample, exportable
+from anomalib_fractalad.export.openvino import halve_weights
 from anomalib_fractalad.image_files import read_image
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS
@@ -205,9 +206,8 @@ def test_images_score_the_same_everywhere(
         # Normalization is steep between a threshold and a minimum near it: there, weights of 16 bits move a score far.
         far = apart.topk(1 if runtime == "OpenVINO FP16" else 0).indices
         apart[far] = 0
-        # In 16 bits, the squares of FractalMemory's items lose what small distances are made of. So scores of images of
-        # a few pixels move by 0.03, and those of real parts by 0.013 at most.
-        tolerance = 4e-2 if (name, runtime) == ("FractalMemory", "OpenVINO FP16") else TOLERANCE[runtime]
+        # Whitening makes more of what 16 bits round off in the teacher's weights, in images of a few pixels above all.
+        tolerance = 2e-2 if (name, runtime) == ("FractalMemory", "OpenVINO FP16") else TOLERANCE[runtime]
         assert apart.max() < tolerance, (runtime, apart.max(), far)
         # Nearer to the threshold than scores agree, either label is right.
         decided = (scores - THRESHOLD).abs() > apart.max()
@@ -282,3 +282,32 @@ def test_torch_without_what_an_export_cleans_up(monkeypatch: pytest.MonkeyPatch)
     with leave_nothing_behind():
         assert symbolic_shapes() == []
     assert generated_code() == {}
+
+
+def test_weights_of_16_bits_are_those_that_take_room() -> None:
+    image = opset13.parameter([1, 3, 8, 8], np.float32)
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(16, 3, 3, 3)).astype(np.float32)
+    depthwise = rng.normal(size=(16, 1, 1, 3, 3)).astype(np.float32)
+    bias = rng.normal(size=(1, 16, 1, 1)).astype(np.float32)
+    large = np.full((1, 16, 8, 8), 1e5, np.float32)  # beyond 16 bits
+    arguments = [1, 1], [1, 1], [1, 1], [1, 1]
+    x = opset13.convolution(image, kernel, *arguments)
+    x = opset13.group_convolution(opset13.add(x, bias), depthwise, *arguments)
+    network = Model([opset13.divide(x, large)], [image])
+    pixels = rng.normal(size=(1, 3, 8, 8)).astype(np.float32)
+    before = Core().compile_model(network, "CPU", FLOAT32)(pixels)[0]
+
+    halve_weights(network)
+
+    (half,) = weights(network, Type.f16)
+    assert np.array_equal(half, kernel.astype(np.float16))
+    kept = {array.tobytes() for array in weights(network, Type.f32)}
+    assert kept >= {array.tobytes() for array in (depthwise, bias, large)}
+    rounded = Core().compile_model(network, "CPU", FLOAT32)(pixels)[0]
+    assert 0 < np.abs(rounded - before).max() < 1e-3 * np.abs(before).max()
+
+
+def weights(network: Model, kind: Type) -> list[Any]:
+    operations = network.get_ordered_ops()
+    return [node.data for node in operations if node.get_type_name() == "Constant" and node.get_element_type() == kind]
