@@ -6,9 +6,11 @@ Run as ``anomalib-fractalad compare --config configs/benchmark.yaml``.
 
 import sys
 import warnings
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 
+from filelock import Timeout
 from jsonargparse import auto_cli
 
 from anomalib_fractalad.benchmark.config import RUNTIMES, DataEntry, Job, ModelEntry, Settings, make_jobs
@@ -36,8 +38,9 @@ def benchmark(
 
     Each model on each data set with each seed is a job in a process of its own, kept in OUTPUT/jobs. A second call does
     what is missing: it goes on after the last epoch of a training that was stopped, and measures runtimes that were
-    added without training again. Jobs whose images or code have changed are run anew. Written from all of them:
-    results.csv, report.md, its plots, and a sheet of heat maps.
+    added without training again. Jobs whose images or code have changed are run anew. Calls on one output share its
+    jobs: each does what no other is doing, and waits for the rest. Written from all of them: results.csv, report.md,
+    its plots, and a sheet of heat maps.
 
     Args:
         models: Models to compare, each with class_path (FractalAD, Patchcore, ...), init_args, epochs or steps (unless
@@ -82,12 +85,27 @@ def _check(time_limit: float | None) -> None:
 def _run(jobs: list[Job], output: Path, time_limit: float | None, retry: bool) -> None:
     from tqdm import tqdm  # noqa: PLC0415
 
-    missing = [job for job in jobs if is_missing(job, record_of(job, output), retry)]
+    missing = deque(job for job in jobs if is_missing(job, record_of(job, output), retry))
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them in {output} already")
-    with tqdm(missing, unit="job", disable=not missing) as bar:
-        for job in bar:
+    elsewhere = set()
+    with tqdm(total=len(missing), unit="job", disable=not missing) as bar:
+        while missing:
+            job = missing.popleft()
             bar.set_description(str(job))
-            run_in_process(job, record_of(job, output), time_limit, bar.set_postfix_str, tqdm.write)
+            is_last = job.key in elsewhere  # what nobody does comes first
+            if is_last:
+                bar.set_postfix_str("waiting for another call that does this job")
+            try:
+                held = record_of(job, output).lock.acquire(blocking=is_last)
+            except Timeout:
+                elsewhere.add(job.key)
+                missing.append(job)
+                continue
+            with held:
+                record = record_of(job, output)
+                if is_missing(job, record, retry and not is_last):  # or another call has done it by now
+                    run_in_process(job, record, time_limit, bar.set_postfix_str, tqdm.write)
+            bar.update()
 
 
 def _tell_failures(jobs: list[Job], output: Path) -> None:

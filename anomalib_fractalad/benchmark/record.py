@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from anomalib_fractalad.benchmark.config import Job
 from anomalib_fractalad.benchmark.provenance import runtime_versions
 
@@ -54,6 +56,12 @@ class Record:
     def is_begun(self) -> bool:
         """Whether the job can go on within its training."""
         return "inputs" in self.content and self.training_checkpoint.exists() and not changed_inputs(self.content)
+
+    @property
+    def lock(self) -> FileLock:
+        """What a call holds while it does the job."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.file.with_suffix(".lock"))
 
     def read(self) -> None:
         """Read the file; one that is missing or torn counts as empty."""
