@@ -18,7 +18,7 @@ MOST_HELD = 16
 class Gathering:
     """What one process gathers, and after :meth:`finish` what all have gathered.
 
-    It holds moments, a reservoir of features (57 MB by default) and up to 16 images, whatever the number of images.
+    It holds moments, a reservoir of features (232 MB by default) and up to 16 images, whatever the number of images.
 
     Args:
         channels: Channels of the teacher's levels.

@@ -118,7 +118,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         memory_size: int = 2000,
-        reservoir_size: int = 80_000,
+        reservoir_size: int = 320_000,
         level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         saturation: float = 1.0,
         part_pattern: str | None = None,
