@@ -175,21 +175,22 @@ def test_a_silent_channel_is_no_fault() -> None:
     assert torch.cat([level.flatten() for level in descriptor(features)]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("channels", [5, 100])
-def test_points_are_chosen_farthest_first(channels: int) -> None:
-    points = torch.randn(300, channels)
+@pytest.mark.parametrize(("channels", "count"), [(5, 300), (100, 300), (5, 3000), (100, 3000)])  # fewer than 1000, more
+def test_points_are_chosen_farthest_first(channels: int, count: int) -> None:
+    points = torch.randn(count, channels)
     projected = points
     if channels > 64:
         projection = torch.randn(channels, 64, generator=torch.Generator().manual_seed(0)) / 8
         projected = points @ projection
     chosen = [int((projected - projected.mean(0)).norm(dim=1).argmax())]
-    for _ in range(39):
+    for _ in range(199):
         chosen.append(int(torch.cdist(projected, projected[chosen]).amin(1).argmax()))
-    assert farthest_points(points, 40).tolist() == chosen
+    assert farthest_points(points, 200).tolist() == chosen
 
 
-def test_equal_points_are_chosen_once_each() -> None:
-    assert sorted(farthest_points(torch.ones(5, 3), 5).tolist()) == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("count", [5, 1500])
+def test_equal_points_are_chosen_once_each(count: int) -> None:
+    assert sorted(farthest_points(torch.ones(count, 3), count).tolist()) == list(range(count))
 
 
 def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself() -> None:

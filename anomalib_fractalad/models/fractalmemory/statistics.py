@@ -16,6 +16,8 @@ LEVELS = 3
 PROJECTION = 64  # dimensions that distances between candidates are measured in
 COMPARED = 10_000  # candidates that tell how far normal places lie from the memory
 COMPARISONS = 2_000_000  # at once
+FAR = 20  # this share of the points is farthest
+FEWEST_FAR = 1000
 RARE = 0.995  # the share of normal places that are nearer than what counts as rare
 SMALLEST_DISTANCE = 0.05  # of whitened descriptors; what never varies would otherwise drown all else
 
@@ -326,7 +328,10 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
 
 
 def farthest_from(first: Tensor, points: Tensor, count: int) -> Tensor:
-    """Choose points, each farthest from all those before, without waiting for an accelerator.
+    """Choose points, each farthest from all those before.
+
+    Distances only fall. So as long as one of the points that were farthest at last count is no nearer than all others
+    were then, it is the next, and the others need not be measured.
 
     Args:
         first: Index of the first, ().
@@ -336,15 +341,46 @@ def farthest_from(first: Tensor, points: Tensor, count: int) -> Tensor:
     Returns:
         Indices of the chosen points, (count,).
     """
-    points = points.contiguous()
-    squares = points.square().sum(dim=1)
-    nearest = torch.full_like(squares, torch.inf)
-    chosen = torch.empty(count, dtype=torch.int64, device=points.device)
-    latest = first
-    for i in range(count):
-        chosen[i] = latest
-        distance = torch.addmv(squares + squares[latest], points, points[latest], alpha=-2)
-        nearest = torch.minimum(nearest, distance)
-        nearest[latest] = -torch.inf  # never again, whatever rounding says
-        latest = nearest.argmax()
+    nearest = points.new_full((len(points),), torch.inf)
+    chosen = latest = first.reshape(1)
+    while len(chosen) < count:
+        nearest = torch.minimum(nearest, _nearest_squares(points, points[latest]))
+        nearest[chosen] = -torch.inf  # never again, whatever rounding says
+        bounds, far = nearest.topk(min(max(len(points) // FAR, FEWEST_FAR), len(points)))
+        others = bounds[-1] if len(far) < len(points) else bounds.new_tensor(-torch.inf)
+        latest = far[_farthest_above(others, bounds, points[far], count - len(chosen))]
+        chosen = torch.cat([chosen, latest])
     return chosen
+
+
+def _farthest_above(least: Tensor, nearest: Tensor, points: Tensor, most: int) -> Tensor:
+    """Choose points, each farthest from those before, as long as one is at least so far; at least one, at most so many.
+
+    Args:
+        least: Square of the distance, ().
+        nearest: Squares of each point's distance from what was chosen before, (n,), falling.
+        points: (n, C).
+        most: Number of points.
+    """
+    squares = points.square().sum(dim=1)
+    chosen = []
+    latest = torch.zeros((), dtype=torch.int64, device=points.device)
+    while True:
+        chosen.append(latest)
+        if len(chosen) == most:
+            break
+        nearest = torch.minimum(nearest, torch.addmv(squares + squares[latest], points, points[latest], alpha=-2))
+        nearest[latest] = -torch.inf
+        latest = nearest.argmax()
+        if nearest[latest] < least or nearest[latest].isneginf():
+            break
+    return torch.stack(chosen)
+
+
+def _nearest_squares(points: Tensor, items: Tensor) -> Tensor:
+    """Square of each point's distance from the nearest of some items, (n,)."""
+    squares = items.square().sum(dim=1)
+    parts = torch.split(points, max(COMPARISONS // len(items), 1))
+    return torch.cat(
+        [torch.addmm(squares, part, items.T, alpha=-2).amin(dim=1) + part.square().sum(dim=1) for part in parts]
+    )
