@@ -20,6 +20,7 @@ from generator_speed import generator_speed
 from image_size import image_size
 from inference_speed import inference_speed
 from loading_speed import loading_speed
+from memory_speed import memory_speed
 from openvino import opset13 as opset
 from quick_patchcore import QuickPatchcore
 from training_speed import _keep_gradients, _make, training_speed
@@ -190,6 +191,14 @@ def test_loading_speed(tile_root: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "8 images, the first of 64 x 64, in batches of 2" in printed
     assert f"{ratio:.1f} x training" in printed
+
+
+def test_memory_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    results = memory_speed(candidates=3000, channels=5, items=200)
+    assert results["same"] == 1
+    printed = capsys.readouterr().out
+    assert "200 of 3000 candidates with 5 channels, 1 CPU thread(s)" in printed
+    assert f"{results['one by one_s'] / results['choice_s']:.1f} x as fast" in printed
 
 
 def test_quick_patchcore_chooses_as_anomalib() -> None:
