@@ -49,16 +49,7 @@ def memory_speed(
 
 
 def one_by_one(first: Tensor, points: Tensor, count: int) -> Tensor:
-    """Choose points, each farthest from all those before, by measuring all points each time.
-
-    Args:
-        first: Index of the first, ().
-        points: (n, C).
-        count: Number of points to choose, at most n.
-
-    Returns:
-        Indices of the chosen points, (count,).
-    """
+    """Choose what :func:`farthest_from` chooses, of the same arguments, by measuring all points each time."""
     squares = points.square().sum(dim=1)
     nearest = torch.full_like(squares, torch.inf)
     chosen = [first]
