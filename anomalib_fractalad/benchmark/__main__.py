@@ -95,15 +95,16 @@ def _run(jobs: list[Job], output: Path, time_limit: float | None, retry: bool) -
             is_last = job.key in elsewhere  # what nobody does comes first
             if is_last:
                 bar.set_postfix_str("waiting for another call that does this job")
+            record = record_of(job, output)
             try:
-                held = record_of(job, output).lock.acquire(blocking=is_last)
+                held = record.lock.acquire(blocking=is_last)
             except Timeout:
                 elsewhere.add(job.key)
                 missing.append(job)
                 continue
             with held:
-                record = record_of(job, output)
-                if is_missing(job, record, retry and not is_last):  # or another call has done it by now
+                record.read()  # another call may have done it by now
+                if is_missing(job, record, retry and not is_last):
                     run_in_process(job, record, time_limit, bar.set_postfix_str, tqdm.write)
             bar.update()
 

@@ -215,8 +215,7 @@ def compress(
         The compressed network.
     """
     if compression_type == CompressionType.FP16:
-        halve_weights(model)
-        return model
+        return halve_weights(model)
     import nncf  # noqa: PLC0415
 
     if compression_type == CompressionType.INT8:

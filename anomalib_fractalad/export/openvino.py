@@ -39,13 +39,16 @@ def decide_constant_choices() -> "ConversionExtension":
     return ConversionExtension("Where", where)
 
 
-def halve_weights(model: "Model") -> None:
+def halve_weights(model: "Model") -> "Model":
     """Store weights in 16 bits, as OpenVINO does by itself, but for those that take little room and lose most by it.
 
     These are vectors, as are the squares of a memory's items, and kernels of depthwise convolutions.
 
     Args:
         model: An exported network, which is changed.
+
+    Returns:
+        The same.
     """
     from openvino import Type, opset13  # noqa: PLC0415
 
@@ -61,17 +64,17 @@ def halve_weights(model: "Model") -> None:
             restored = opset13.convert(opset13.constant(half), "f32")
             for reader in readers:
                 reader.replace_source_output(restored.output(0))
+    return model
 
 
 def _are_depthwise(readers: Iterable[Any]) -> bool:
     """Whether weights go to a convolution by groups, reshaped or not."""
-    for reader in readers:
-        node = reader.get_node()
-        if node.get_type_name() == "GroupConvolution":
-            return True
-        if node.get_type_name() == "Reshape" and _are_depthwise(node.output(0).get_target_inputs()):
-            return True
-    return False
+    nodes = [reader.get_node() for reader in readers]
+    return any(
+        node.get_type_name() == "GroupConvolution"
+        or (node.get_type_name() == "Reshape" and _are_depthwise(node.output(0).get_target_inputs()))
+        for node in nodes
+    )
 
 
 def mark_as_own(file: Path) -> Path:

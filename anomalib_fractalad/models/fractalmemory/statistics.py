@@ -347,33 +347,30 @@ def farthest_from(first: Tensor, points: Tensor, count: int) -> Tensor:
         nearest = torch.minimum(nearest, _nearest_squares(points, points[latest]))
         nearest[chosen] = -torch.inf  # never again, whatever rounding says
         bounds, far = nearest.topk(min(max(len(points) // FAR, FEWEST_FAR), len(points)))
-        others = bounds[-1] if len(far) < len(points) else bounds.new_tensor(-torch.inf)
-        latest = far[_farthest_above(others, bounds, points[far], count - len(chosen))]
+        latest = far[_farthest_of_far(bounds, points[far], count - len(chosen))]
         chosen = torch.cat([chosen, latest])
     return chosen
 
 
-def _farthest_above(least: Tensor, nearest: Tensor, points: Tensor, most: int) -> Tensor:
-    """Choose points, each farthest from those before, as long as one is at least so far; at least one, at most so many.
+def _farthest_of_far(nearest: Tensor, points: Tensor, most: int) -> Tensor:
+    """Choose points, each farthest from those before, as long as none is farther that is not among them.
 
     Args:
-        least: Square of the distance, ().
-        nearest: Squares of each point's distance from what was chosen before, (n,), falling.
+        nearest: Squares of each point's distance from what was chosen before, (n,), falling. Others have no more than
+            the last.
         points: (n, C).
-        most: Number of points.
+        most: Number of points to choose at most; one is chosen at least.
+
+    Returns:
+        Indices of the chosen points, (m,).
     """
-    squares = points.square().sum(dim=1)
-    chosen = []
-    latest = torch.zeros((), dtype=torch.int64, device=points.device)
-    while True:
+    squares, others = points.square().sum(dim=1), nearest[-1]
+    chosen: list[Tensor] = []
+    while not chosen or (len(chosen) < most and not nearest.max() < others):
+        latest = nearest.argmax()
         chosen.append(latest)
-        if len(chosen) == most:
-            break
         nearest = torch.minimum(nearest, torch.addmv(squares + squares[latest], points, points[latest], alpha=-2))
         nearest[latest] = -torch.inf
-        latest = nearest.argmax()
-        if nearest[latest] < least or nearest[latest].isneginf():
-            break
     return torch.stack(chosen)
 
 
