@@ -15,7 +15,7 @@ from anomalib_fractalad.models.fractalmemory.statistics import farthest_from
 
 
 def memory_speed(
-    candidates: int = 1_280_000, channels: int = 40, items: int = 2000, threads: int = 1
+    candidates: int = 320_000, channels: int = 40, items: int = 2000, threads: int = 1
 ) -> dict[str, float]:
     """Print how long both take to choose the same items of one level, in one run.
 

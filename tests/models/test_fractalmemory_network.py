@@ -25,9 +25,7 @@ from anomalib_fractalad.models.fractalmemory.statistics import (
     check_level_weights,
     extended_average,
     farthest_points,
-    fit_descriptor,
     level_scales,
-    normal_range,
     places,
 )
 
@@ -42,12 +40,11 @@ def random_features(images: int) -> list[torch.Tensor]:
 
 def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
     features = random_features(6)
-    moments, descriptor = [Moments(channels) for channels in CHANNELS], Descriptor(CHANNELS)
+    moments, descriptor = Moments(CHANNELS), Descriptor(CHANNELS)
     for part in (slice(0, 2), slice(2, 6)):
         batch = [stage[part] for stage in features]
-        for level, stage, averages in zip(moments, batch, extended_average(batch), strict=True):
-            level.update(stage, averages)
-    affine = fit_descriptor(descriptor, moments)
+        moments.update(batch, extended_average(batch))
+    affine = moments.fit(descriptor)
 
     # A second way: all at once, in double precision, by an eigendecomposition.
     standard = []
@@ -73,39 +70,35 @@ def test_descriptors_are_whitened_averages_of_standardized_features() -> None:
         root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
         expected = torch.cdist(rows @ root, rows @ root)  # whitenings differ by a rotation
         torch.testing.assert_close(torch.cdist(found.double(), found.double()), expected, atol=1e-4, rtol=1e-4)
-    for place, averages, by_level in zip(described, extended_average(features), affine, strict=True):
-        found = place.movedim(1, -1)
-        torch.testing.assert_close(found.mean((0, 1, 2)), torch.zeros(found.shape[-1]), atol=1e-4, rtol=0)
-        expected = F.linear(averages.movedim(1, -1), by_level[:, :-1], by_level[:, -1])
-        torch.testing.assert_close(expected, found, atol=1e-3, rtol=1e-3)
+    joined = torch.cat([*described[:2], F.interpolate(described[2], size=(8, 8))], dim=1).movedim(1, -1)
+    torch.testing.assert_close(joined.mean((0, 1, 2)), torch.zeros(9), atol=1e-4, rtol=0)
+    averages = extended_average(features).movedim(1, -1)
+    torch.testing.assert_close(F.linear(averages, affine[:, :-1], affine[:, -1]), joined, atol=1e-3, rtol=1e-3)
 
 
 def test_levels_are_scaled_by_their_range_over_normal_places_and_weighed() -> None:
     candidates, owners = torch.randn(90, 9) * torch.tensor([1.0] * 2 + [3.0] * 3 + [10.0] * 4), torch.arange(90) % 6
+    memory = FeatureMemory(90, CHANNELS)
+    memory.fill(candidates, owners[:, None].expand(-1, 3))
+    scales, usual, spread = level_scales(memory, candidates, owners, (4.0, 2.0, 1.0))
     others = torch.where(owners[:, None] == owners, torch.inf, 0)
     medians, ranges = [], []
     for level in torch.split(candidates, CHANNELS, dim=1):
         nearest = (torch.cdist(level, level) + others).amin(dim=1) / level.shape[1] ** 0.5
         medians.append(nearest.quantile(0.5))
         ranges.append(nearest.quantile(0.995) - medians[-1])
-        memory = FeatureMemory(90, [level.shape[1]])
-        memory.fill([level], [owners])
-        expected = torch.stack([medians[-1], ranges[-1]])
-        torch.testing.assert_close(normal_range(memory, level, owners), expected, atol=1e-3, rtol=1e-3)
-    usual, spread = torch.stack(medians), torch.stack(ranges)
-    expected = torch.tensor([4.0, 2.0, 1.0]) / spread
-    expected /= expected @ usual
-    torch.testing.assert_close(level_scales(usual, spread, (4.0, 2.0, 1.0)), expected)
+    expected = torch.tensor([4.0, 2.0, 1.0]) / torch.stack(ranges)
+    expected /= expected @ torch.stack(medians)
+    for found, second_way in ((scales, expected), (usual, torch.stack(medians)), (spread, torch.stack(ranges))):
+        torch.testing.assert_close(found, second_way, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_normal_places_that_are_all_alike_are_no_fault(images: int) -> None:
     candidates, owners = torch.ones(20, 9), torch.arange(20) % images
-    memory = FeatureMemory(10, [9])
-    memory.fill([candidates[:10]], [owners[:10]])
-    usual, spread = normal_range(memory, candidates, owners)
-    assert usual == spread == SMALLEST_DISTANCE
-    scales = level_scales(usual.expand(3), spread.expand(3))
+    memory = FeatureMemory(10, CHANNELS)
+    memory.fill(candidates[:10], owners[:10, None].expand(-1, 3))
+    scales, _, _ = level_scales(memory, candidates, owners)
     torch.testing.assert_close(scales, torch.full((3,), 1 / (3 * SMALLEST_DISTANCE)))
 
 
@@ -125,23 +118,22 @@ def test_what_lies_outside_a_region_is_not_gathered() -> None:
         level[..., : level.shape[-1] // 2] = 7
     gathered = []
     for levels in (features, other):
-        states = []
-        for level in levels:  # themselves in place of averages, which take in neighbors
-            moments, reservoir = Moments(level.shape[1]), Reservoir(400, level.shape[1])
-            moments.update(level, torch.cat([level, torch.ones_like(level[:, :1])], dim=1), inside)
-            reservoir.offer(level, torch.tensor([5, 6]), inside)
-            states.append((moments, reservoir))
-        gathered.append(states)
-    for (moments, reservoir), theirs, level in zip(*gathered, features, strict=True):
-        for ours, others in zip((moments, reservoir), theirs, strict=True):
-            for name, value in ours.state_dict().items():
-                assert torch.equal(value, others.state_dict()[name]), name
-        side = level.shape[-1]
-        first, second = side * side // 2, side * side // 4
-        assert moments.count == moments.places == first + second
-        values, owners = reservoir.sample
-        assert owners.tolist() == [5] * first + [6] * second
-        torch.testing.assert_close(values[: side // 2], level[0, :, 0, side // 2 :].mT)
+        moments, reservoir = Moments(CHANNELS), Reservoir(96, 9)
+        averages = torch.cat(
+            [F.interpolate(level, size=(8, 8)) for level in levels], dim=1
+        )  # without the neighbors that averages take in
+        extended = torch.cat([averages, torch.ones(2, 3, 8, 8)], dim=1)
+        moments.update(levels, extended, inside)
+        reservoir.offer(averages, torch.tensor([5, 6]), inside)
+        gathered.append((moments.state_dict(), reservoir.state_dict()))
+    for ours, theirs in zip(*gathered, strict=True):
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+    assert moments.places == 8 * 4 + 4 * 4
+    assert moments.count.tolist() == [16 * 8 + 8 * 8, 8 * 4 + 4 * 4, 4 * 2 + 2 * 2]
+    values, owners = reservoir.sample
+    assert owners.tolist() == [5] * 32 + [6] * 16
+    torch.testing.assert_close(values[:4], averages[0, :, 0, 4:].mT)
 
 
 def test_copies_of_images_are_gathered_and_not_held() -> None:
@@ -156,12 +148,10 @@ def test_copies_of_images_are_gathered_and_not_held() -> None:
     both = [torch.cat(levels) for levels in zip(*features.values(), strict=True)]
     whole = Gathering(CHANNELS, 5000, torch.device("cpu"))
     whole.add(lambda _: both, torch.cat([images, copies]), owner.repeat(2))
-    for moments, other in zip(gathering.moments, whole.moments, strict=True):
-        for name, value in other.state_dict().items():
-            torch.testing.assert_close(moments.state_dict()[name], value)
-    for reservoir, other in zip(gathering.reservoirs, whole.reservoirs, strict=True):
-        torch.testing.assert_close(*(part.sample[0].sort(dim=0).values for part in (reservoir, other)))
-        assert torch.equal(*(part.sample[1].sort().values for part in (reservoir, other)))
+    for name, value in whole.moments.state_dict().items():
+        torch.testing.assert_close(gathering.moments.state_dict()[name], value)
+    torch.testing.assert_close(*(part.reservoir.sample[0].sort(dim=0).values for part in (gathering, whole)))
+    assert torch.equal(*(part.reservoir.sample[1].sort().values for part in (gathering, whole)))
 
 
 def test_another_size_of_the_reservoir_is_named_on_resuming() -> None:
@@ -179,10 +169,9 @@ def test_a_region_smaller_than_a_place_still_counts() -> None:
 
 def test_a_silent_channel_is_no_fault() -> None:
     features = [torch.zeros_like(stage) for stage in random_features(2)]
-    moments, descriptor = [Moments(channels) for channels in CHANNELS], Descriptor(CHANNELS)
-    for level, stage, averages in zip(moments, features, extended_average(features), strict=True):
-        level.update(stage, averages)
-    assert all(affine.isfinite().all() for affine in fit_descriptor(descriptor, moments))
+    moments, descriptor = Moments(CHANNELS), Descriptor(CHANNELS)
+    moments.update(features, extended_average(features))
+    assert moments.fit(descriptor).isfinite().all()
     assert torch.cat([level.flatten() for level in descriptor(features)]).abs().max() < 1e-6
 
 
@@ -207,7 +196,7 @@ def test_equal_points_are_chosen_once_each(count: int) -> None:
 def test_the_nearest_item_is_the_one_that_cdist_finds_without_the_image_itself() -> None:
     memory = FeatureMemory(50, CHANNELS)
     items, owners = torch.randn(50, 9), torch.stack([torch.randperm(50) % 5 for _ in CHANNELS], dim=1)
-    memory.fill(torch.split(items, CHANNELS, dim=1), owners.unbind(dim=1))
+    memory.fill(items, owners)
     query = [torch.randn(3, CHANNELS[0], 4, 6), torch.randn(3, CHANNELS[1], 4, 6), torch.randn(3, CHANNELS[2], 2, 3)]
     everything = memory(query)
     hidden = memory.hide(torch.tensor([4, 0, 77]), torch.ones(3))
@@ -241,7 +230,7 @@ def test_of_items_that_are_equally_near_the_first_is_taken(count: int, rows: int
 
 def test_a_random_share_of_the_others_is_left() -> None:
     memory = FeatureMemory(4000, [1, 1])
-    memory.fill(torch.randn(2, 4000, 1), [torch.arange(4000) % 2, torch.arange(4000) % 4])
+    memory.fill(torch.randn(4000, 2), torch.stack([torch.arange(4000) % 2, torch.arange(4000) % 4], dim=1))
     hidden = memory.hide(torch.tensor([0, 1, 5]), torch.tensor([0.5, 0.1, 0.0]))
     for image, owner in enumerate((0, 1, 5)):
         assert hidden[image][memory.owners == owner].all()
@@ -253,7 +242,7 @@ def test_a_random_share_of_the_others_is_left() -> None:
 
 def test_an_image_that_owns_all_of_a_level_is_compared_with_it() -> None:
     memory = FeatureMemory(7, [1, 1])
-    memory.fill(torch.randn(2, 3, 1), torch.tensor([[1, 1, 1], [1, 2, 1]]))
+    memory.fill(torch.randn(3, 2), torch.tensor([[1, 1], [1, 2], [1, 1]]))
     hidden = memory.hide(torch.tensor([1]), torch.ones(1))
     assert not hidden[..., 0].any()
     assert hidden[0, :, 1].tolist() == [True, False, True, True, False, True, True]
@@ -302,12 +291,11 @@ def test_a_reservoir_holds_what_one_place_after_another_leaves() -> None:
 def test_gathering_does_not_depend_on_what_the_device_holds() -> None:
     # Tensors of this device hold no values: whatever reads one, as a wait for an accelerator does, raises.
     features = [torch.rand(2, c, side, side, device="meta") for c, side in zip(CHANNELS, (16, 8, 4), strict=True)]
-    for level, averages in zip(features, extended_average(features), strict=True):
-        channels = level.shape[1]
-        moments, reservoir = Moments(channels).to("meta"), Reservoir(20, channels + 1).to("meta")
-        moments.update(level, averages)
-        reservoir.offer(averages, torch.tensor([1, 2]))
-        assert reservoir.values.shape == (20, channels + 1)
+    moments, reservoir = Moments(CHANNELS).to("meta"), Reservoir(20, 12).to("meta")
+    averages = extended_average(features)
+    moments.update(features, averages)
+    reservoir.offer(averages, torch.tensor([1, 2]))
+    assert reservoir.values.shape == (20, 12)
 
 
 def teacher(images: torch.Tensor) -> list[torch.Tensor]:
@@ -326,7 +314,7 @@ def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(d
         gathering.add(teacher, images[part], owner[part])
     gathering.finish(network)
     for number, described in enumerate(network.descriptor(teacher(images))):
-        level = described.movedim(1, -1).flatten(0, 2)
+        level = F.interpolate(described, size=(4, 6)).movedim(1, -1).flatten(0, 2)
         # Scaling changes no order.
         farthest = farthest_points(level, 30)
         found = torch.split(network.memory.items, 8, dim=1)[number]
@@ -342,25 +330,6 @@ def test_a_memory_holds_the_places_farthest_from_each_other_and_whose_they_are(d
     torch.testing.assert_close(network.saturation.usual + network.saturation.spread, rare, atol=0, rtol=0.4)
 
 
-def test_images_in_another_order_make_the_same_memory() -> None:
-    images, owner = torch.rand(6, 3, 64, 64), torch.arange(6)
-    items, owners, ranges = [], [], []
-    for order in (torch.arange(6), torch.tensor([3, 0, 5, 4, 1, 2])):
-        network = SimpleNamespace(
-            memory=FeatureMemory(10, [8, 8, 8]), descriptor=Descriptor([8, 8, 8]), saturation=Saturation(3)
-        )
-        gathering = Gathering([8, 8, 8], 6 * 64, torch.device("cpu"))
-        for part in torch.split(order, 2):
-            gathering.add(teacher, images[part], owner[part])
-        gathering.finish(network)
-        items.append(network.memory.items)
-        owners.append(network.memory.owners)
-        ranges.append(network.saturation.spread)
-    torch.testing.assert_close(*items, atol=1e-4, rtol=1e-4)
-    assert torch.equal(*owners)
-    torch.testing.assert_close(*ranges)
-
-
 def test_what_is_gathered_is_bounded() -> None:
     torch.manual_seed(0)
     gathering = Gathering([8, 8, 8], 20, torch.device("cpu"))
@@ -368,8 +337,8 @@ def test_what_is_gathered_is_bounded() -> None:
         gathering.add(teacher, torch.rand(5, 3, 32, 32), torch.arange(first, first + 5))
     assert gathering.held_owners.tolist() == list(range(0, 8 * MOST_HELD, 8))
     assert len(gathering.held_images) == MOST_HELD
-    assert [len(reservoir.values) for reservoir in gathering.reservoirs] == [20, 20, 5]
-    assert [int(reservoir.seen) for reservoir in gathering.reservoirs] == [400 * 16, 400 * 16, 400 * 4]
+    assert len(gathering.reservoir.values) == 20
+    assert int(gathering.reservoir.seen) == 400 * 16
 
 
 def test_the_head_sees_the_residual_relative_to_the_image() -> None:
@@ -442,7 +411,7 @@ def test_maps_and_scores_come_to_what_a_second_way_comes_to() -> None:
     ).eval()
     channels = network.teacher.channels
     items = torch.randn(60, sum(channels))
-    network.memory.fill(torch.split(items, channels, dim=1), torch.zeros(3, 60))
+    network.memory.fill(items, torch.zeros(60, 3))
     network.vote.weight.fill_(0.7)
     usual, spread = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
     network.saturation.usual.copy_(usual), network.saturation.spread.copy_(spread)
@@ -526,7 +495,7 @@ def test_the_network_is_as_large_as_told() -> None:
 def test_other_teachers_of_timm_do(backbone: str, channels: list[int]) -> None:
     network = FractalMemoryModel(backbone, pre_trained=False, memory_size=30).eval()
     assert network.teacher.channels == channels
-    network.memory.fill([torch.randn(30, count) for count in channels], torch.zeros(3, 30))
+    network.memory.fill(torch.randn(30, sum(channels)), torch.zeros(30, 3))
     prediction = network(torch.rand(1, 3, 64, 96))
     assert prediction.anomaly_map.shape == (1, 1, 64, 96)
     assert prediction.anomaly_map.std() > 0
@@ -536,7 +505,7 @@ def test_other_teachers_of_timm_do(backbone: str, channels: list[int]) -> None:
     ("arguments", "message"),
     [
         ({"memory_size": 0}, "memory_size is 0"),
-        ({"memory_size": 100, "reservoir_size": 50}, "reservoir_size is 50; it must be at least 4 times memory_size"),
+        ({"memory_size": 100, "reservoir_size": 50}, "reservoir_size is 50; it must be at least memory_size"),
         ({"saturation": -1}, "saturation is -1; it must be 0 or more"),
         ({"lighting": -0.5}, "lighting is -0.5; it must be 0 or more"),
         ({"part_pattern": "("}, "part_pattern is '\\('.* no regular expression"),
@@ -554,7 +523,8 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
 @torch.no_grad()
 def test_the_distance_alone_is_that_of_the_comparison() -> None:
     network = FractalMemoryModel("test_resnet", pre_trained=False, memory_size=60)
-    network.memory.fill([torch.randn(60, count) for count in network.teacher.channels], torch.zeros(3, 60))
+    channels = sum(network.teacher.channels)
+    network.memory.fill(torch.randn(60, channels), torch.zeros(60, 3))
     features = network.teacher(torch.rand(2, 3, 64, 96))
     _, distances = network.compare(features)
     torch.testing.assert_close(network.distances(features), distances)

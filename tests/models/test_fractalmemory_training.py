@@ -164,7 +164,7 @@ def test_an_endless_training_is_refused(tiles: Folder, tmp_path: Path) -> None:
 
 
 def test_a_training_of_one_step_has_a_memory_and_no_head(tiles: Folder, tmp_path: Path) -> None:
-    model = small_model(memory_size=50, reservoir_size=200)
+    model = small_model(memory_size=50, reservoir_size=60)
     assert model.is_untrained()
     engine = small_engine(tmp_path, max_steps=1)
     engine.fit(model, datamodule=tiles)

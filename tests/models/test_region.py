@@ -128,8 +128,7 @@ def test_the_memory_gathers_nothing_from_outside(roi: Path, monkeypatch: pytest.
         torch.manual_seed(1)
         model._gathering = Gathering(model.model.teacher.channels, 40, model.device)
         model.training_step(ImageBatch(image=variant, gt_label=torch.zeros(4, dtype=torch.bool)))
-        levels = [*model._gathering.moments, *model._gathering.reservoirs]
-        gathered.append([buffer for level in levels for buffer in level.buffers()])
+        gathered.append([*model._gathering.moments.buffers(), *model._gathering.reservoir.buffers()])
     assert gathered[0][0].min() > 0
     for one, other in zip(*gathered, strict=True):
         assert torch.equal(one, other)

@@ -2,14 +2,13 @@
 """The first stage: normal features, and some images that the head is never trained on."""
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .statistics import COARSE_SHARE, Moments, Reservoir, extended_average, fill_memory
+from .statistics import Moments, Reservoir, extended_average, fill_memory
 from .torch_model import FractalMemoryModel
 
 HELD_EVERY = 8
@@ -19,12 +18,11 @@ MOST_HELD = 16
 class Gathering:
     """What one process gathers, and after :meth:`finish` what all have gathered.
 
-    It holds moments, reservoirs of features (506 MB by default, when they are full) and up to 16 images, whatever the
-    number of images.
+    It holds moments, a reservoir of features (232 MB by default) and up to 16 images, whatever the number of images.
 
     Args:
         channels: Channels of the teacher's levels.
-        reservoir_size: Number of places that are sampled of the finer levels; of the coarse one, a quarter.
+        reservoir_size: Number of places that are sampled.
         device: Where features come from, and where they are gathered if it knows double precision; else, on the CPU.
         most_held: Most images that are kept aside.
 
@@ -39,10 +37,8 @@ class Gathering:
         self.most_held = most_held
         device = torch.device("cpu") if device.type == "mps" else device
         self.device = device
-        *finer, _ = channels
-        sizes = [*[reservoir_size for _ in finer], -(-reservoir_size // COARSE_SHARE)]
-        self.moments = [Moments(count).to(device) for count in channels]
-        self.reservoirs = [Reservoir(size, count + 1).to(device) for size, count in zip(sizes, channels, strict=True)]
+        self.moments = Moments(channels).to(device)
+        self.reservoir = Reservoir(reservoir_size, sum(channels) + len(channels)).to(device)
         self.held_images: list[Tensor] = []
         self.held_owners = torch.empty(0, dtype=torch.int64)
         self.images = 0
@@ -69,10 +65,9 @@ class Gathering:
         """
         features = [level.float().to(self.device) for level in teacher(images)]
         inside = None if inside is None else inside.to(self.device)
-        levels = zip(self.moments, self.reservoirs, features, extended_average(features), strict=True)
-        for moments, reservoir, level, averages in levels:
-            moments.update(level, averages, inside)
-            reservoir.offer(averages, owner, inside)
+        averages = extended_average(features)
+        self.moments.update(features, averages, inside)
+        self.reservoir.offer(averages, owner, inside)
         if copies:
             return
         first = (-self.images) % HELD_EVERY
@@ -89,35 +84,30 @@ class Gathering:
             model: The network.
             level_weights: As for :func:`level_scales`.
         """
-        samples = [reservoir.sample for reservoir in self.reservoirs]
+        values, owners = self.reservoir.sample
         if dist.is_available() and dist.is_initialized():
-            samples = self._share(samples)
-        usual, spread = fill_memory(model.memory, model.descriptor, self.moments, samples, level_weights)
+            values, owners = self._share(values, owners)
+        usual, spread = fill_memory(model.memory, model.descriptor, self.moments, values, owners, level_weights)
         model.saturation.usual.copy_(usual)
         model.saturation.spread.copy_(spread)
-        self.moments, self.reservoirs = [], []  # no longer needed
+        self.moments, self.reservoir = Moments(self.moments.channels), Reservoir(1, 1)  # no longer needed
         self.finished = True
 
-    def _share(self, samples: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, values: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """Join what the processes have gathered; each has seen as many images."""
-        world = dist.get_world_size()
-        mine = []
-        for (values, owners), reservoir in zip(samples, self.reservoirs, strict=True):
-            share = max(len(reservoir.values) // world, 1)
-            chosen = torch.randperm(len(values))[:share].to(values.device)
-            mine.append((values[chosen].cpu(), owners[chosen].cpu()))
+        device, world = values.device, dist.get_world_size()
+        share = max(len(self.reservoir.values) // world, 1)
+        chosen = torch.randperm(len(values))[:share].to(device)
+        mine = (values[chosen].cpu(), owners[chosen].cpu(), self.held_images, self.held_owners)
         all_parts: list[Any] = [None] * world
-        dist.all_gather_object(all_parts, (mine, self.held_images, self.held_owners))
-        for total in chain.from_iterable(level.buffers() for level in self.moments):
+        dist.all_gather_object(all_parts, mine)
+        for total in self.moments.buffers():
             dist.all_reduce(total)
-        all_samples, all_images, all_owners = zip(*all_parts, strict=True)
-        self.held_images = list(chain.from_iterable(all_images))[: self.most_held]
-        self.held_owners = torch.cat(all_owners)[: self.most_held]
-        joined = []
-        for level in zip(*all_samples, strict=True):
-            values, owners = (torch.cat(parts).to(self.device) for parts in zip(*level, strict=True))
-            joined.append((values, owners))
-        return joined
+        held = [pair for part in all_parts for pair in zip(part[2], part[3], strict=True)][: self.most_held]
+        self.held_images = [image for image, _ in held]
+        self.held_owners = torch.tensor([int(owner) for _, owner in held], dtype=torch.int64)
+        values, owners = (torch.cat([part[i] for part in all_parts]).to(device) for i in (0, 1))
+        return values, owners
 
     def states(self) -> list[dict[str, Any]]:
         """What every process has to remember to go on, as plain data; a single entry where it is the same for all."""
@@ -129,10 +119,7 @@ class Gathering:
         }
         if self.finished:
             return [state]
-        state |= {
-            "moments": [level.state_dict() for level in self.moments],
-            "reservoirs": [level.state_dict() for level in self.reservoirs],
-        }
+        state |= {"moments": self.moments.state_dict(), "reservoir": self.reservoir.state_dict()}
         states = [state]
         if dist.is_available() and dist.is_initialized():
             states *= dist.get_world_size()
@@ -152,10 +139,9 @@ class Gathering:
         self.held_owners = state["held_owners"].cpu()
         self.images, self.finished = state["images"], state["finished"]
         if not self.finished:
-            here, there = len(self.reservoirs[0].values), len(state["reservoirs"][0]["values"])
+            here, there = len(self.reservoir.values), len(state["reservoir"]["values"])
             if here != there:
                 msg = f"reservoir_size is {here} here, and {there} in the checkpoint: go on with {there}"
                 raise ValueError(msg)
-            for name in ("moments", "reservoirs"):
-                for level, saved in zip(getattr(self, name), state[name], strict=True):
-                    level.load_state_dict(saved)
+            self.moments.load_state_dict(state["moments"])
+            self.reservoir.load_state_dict(state["reservoir"])

@@ -61,9 +61,8 @@ class FractalMemory(OneClassModule, AnomalibModule):
         weights: Local timm checkpoint (.safetensors, or .pth with nothing but weights) for the teacher, in place of
             ImageNet weights: no network is needed.
         memory_size: Number of normal descriptors that the memory holds of each level.
-        reservoir_size: Number of places, drawn evenly from all images, that the items of the levels at strides 4 and 8
-            are chosen from; at stride 16, a quarter of it. By default, those are all places of 800 images of 320x320
-            pixels. It bounds what is held, however many images there are.
+        reservoir_size: Number of descriptors, drawn evenly from all images, that the memory is chosen from. With the
+            memory it bounds what is held, however many images there are.
         level_weights: What the levels at strides 4, 8 and 16 count in the distance. Before that, each level's distance
             is divided by its range over normal places.
         saturation: How early a level's distance saturates in the map: beyond its median over normal places, at about
@@ -119,7 +118,7 @@ class FractalMemory(OneClassModule, AnomalibModule):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         memory_size: int = 2000,
-        reservoir_size: int = 1_280_000,
+        reservoir_size: int = 320_000,
         level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         saturation: float = 1.0,
         part_pattern: str | None = None,

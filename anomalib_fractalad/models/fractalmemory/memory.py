@@ -120,6 +120,21 @@ def _inside(level: Tensor) -> Tensor:
     return F.avg_pool2d(torch.ones_like(level[:1, :1]), 3, stride=1, padding=1)
 
 
+def join(levels: Sequence[Tensor]) -> Tensor:
+    """Join levels at the middle level's places; those of the coarse level, the last, are repeated.
+
+    Args:
+        levels: What :func:`average` gives.
+
+    Returns:
+        (B, C, H_1, W_1), C the sum of C_i.
+    """
+    *finer, coarse = levels
+    height, width = finer[0].shape[-2:]
+    repeated = coarse.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    return torch.cat([*finer, repeated[..., :height, :width]], dim=1)
+
+
 def align(levels: Sequence[Tensor]) -> Tensor:
     """Join levels at the middle level's size; the coarse level, the last, is resized.
 
@@ -155,16 +170,16 @@ class FeatureMemory(nn.Module):
         self.register_buffer("owners", torch.full((size, len(channels)), -1))
 
     @torch.no_grad()
-    def fill(self, items: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
+    def fill(self, items: Tensor, owners: Tensor) -> None:
         """Replace all items; fewer than the memory's size are repeated.
 
         Args:
-            items: (n_i, C_i) for each level, at least one and at most N.
-            owners: (n_i,) for each level.
+            items: (n, C), at least one and at most N.
+            owners: (n, S).
         """
-        index = torch.arange(len(self.items), device=items[0].device)
-        self.items.copy_(torch.cat([level[index % len(level)] for level in items], dim=1))
-        self.owners.copy_(torch.stack([level[index % len(level)] for level in owners], dim=1))
+        index = torch.arange(len(self.items), device=items.device) % len(items)
+        self.items.copy_(items[index])
+        self.owners.copy_(owners[index])
 
     def own(self, owner: Tensor) -> Tensor:
         """Find the items of images' owners; none at a level that has no others.

@@ -3,18 +3,16 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_fractalad.models.components import check_count, check_positive
 
-from .memory import Descriptor, FeatureMemory, average
+from .memory import Descriptor, FeatureMemory, average, diagonal_blocks, join
 
 REGULARIZATION = 0.03  # added to the variances, which are 1 before averaging
 LEVELS = 3
-COARSE_SHARE = 4  # a place of the coarse level is as large as four of the others
 PROJECTION = 64  # dimensions that distances between candidates are measured in
 COMPARED = 10_000  # candidates that tell how far normal places lie from the memory
 COMPARISONS = 2_000_000  # at once
@@ -50,30 +48,27 @@ def check_sizes(memory_size: int, reservoir_size: int) -> None:
         ValueError: If so, or if one is no whole number above zero.
     """
     check_count(memory_size=memory_size, reservoir_size=reservoir_size)
-    if reservoir_size < COARSE_SHARE * memory_size:
-        msg = (
-            f"reservoir_size is {reservoir_size}; it must be at least {COARSE_SHARE} times memory_size, "
-            f"which is {memory_size}: the coarse level chooses from a quarter as many places"
-        )
+    if reservoir_size < memory_size:
+        msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
         raise ValueError(msg)
 
 
 class Moments(nn.Module):
-    """Running means and covariances of a level, exact whatever the batches.
+    """Running means and covariances, exact whatever the batches.
 
     Standardizing needs the mean of each channel, which is known only at the end. So averages are gathered of features
     as they are, and of ones, which tell how much of each 3x3 window lies within the image.
 
     Args:
-        channels: Channels of the level.
+        channels: Channels of each level.
 
     Attributes:
-        count: Places of the features, ().
+        count: Places at each level, (S,).
         total: Sum of each channel, (C,).
         squares: Sum of the squares of each channel, (C,).
         places: Number of averages, ().
-        sum: Sum of the averages of all channels and of the ones, (C + 1,).
-        products: Sum of their products, (C + 1, C + 1).
+        sum: Sum of the averages of all channels and of the ones of each level, (C + S,).
+        products: Sum of their products, (C + S, C + S).
     """
 
     count: Tensor
@@ -83,78 +78,69 @@ class Moments(nn.Module):
     sum: Tensor
     products: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
+        self.channels = list(channels)
+        levels, length = len(channels), sum(channels)
         for name, shape in {
-            "count": (),
-            "total": (channels,),
-            "squares": (channels,),
+            "count": (levels,),
+            "total": (length,),
+            "squares": (length,),
             "places": (),
-            "sum": (channels + 1,),
-            "products": (channels + 1, channels + 1),
+            "sum": (length + levels,),
+            "products": (length + levels, length + levels),
         }.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
-    def update(self, features: Tensor, averages: Tensor, inside: Tensor | None = None) -> None:
+    def update(self, features: Sequence[Tensor], averages: Tensor, inside: Tensor | None = None) -> None:
         """Take in normal features.
 
         Args:
-            features: (B, C, H, W).
+            features: (B, C_i, H_i, W_i) for each level.
             averages: What :func:`extended_average` makes of them.
-            inside: Pixels of the images that count, boolean (B, 1, H', W'). Left out, all count.
+            inside: Pixels of the images that count, boolean (B, 1, H, W). Left out, all count.
         """
-        rows = places(features, inside).double()
-        self.count += len(rows)
-        self.total += rows.sum(dim=0)
-        self.squares += rows.square().sum(dim=0)
+        levels = [places(level, inside).double() for level in features]
+        for i, level in enumerate(levels):
+            self.count[i] += len(level)
+        self.total += torch.cat([level.sum(dim=0) for level in levels])
+        self.squares += torch.cat([level.square().sum(dim=0) for level in levels])
         rows = places(averages, inside).double()
         self.places += len(rows)
         self.sum += rows.sum(dim=0)
         self.products += rows.mT @ rows
 
-    def fit(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Standardization and whitening, in double precision.
+    def fit(self, descriptor: Descriptor) -> Tensor:
+        """Set a descriptor's standardization, and the whitening of each level by itself.
+
+        Args:
+            descriptor: Where the results are stored.
 
         Returns:
-            Mean and standard deviation of each channel, (C,) each; the matrix that whitens averages of standardized
-            features, (C, C), and what is added after that, (C,).
+            (C, C + S + 1), the affine map from extended averages and a 1 to whitened descriptors.
         """
-        mean = self.total / self.count
+        count = self.count.repeat_interleave(torch.tensor(self.channels, device=self.count.device))
+        mean = self.total / count
         # Channels that a ReLU has silenced everywhere stay as they are.
-        deviation = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        deviation = (self.squares / count - mean.square()).clamp(min=0).sqrt()
         deviation = torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1)
-        standardize = _standardization(mean, deviation)
+        level = torch.arange(len(self.channels), device=mean.device)
+        own = level.repeat_interleave(torch.tensor(self.channels, device=mean.device)).unsqueeze(1) == level
+        standardize = torch.cat([torch.diag(1 / deviation), -(mean / deviation)[:, None] * own], dim=1)
         center = self.sum / self.places
         covariance = self.products / self.places - torch.outer(center, center)
-        whiten = _whitening(standardize @ covariance @ standardize.mT)
-        return mean, deviation, whiten, -whiten @ standardize @ center
-
-
-def _standardization(mean: Tensor, deviation: Tensor) -> Tensor:
-    """(C, C + 1), what standardizes averages, behind which lie those of ones."""
-    return torch.cat([torch.diag(1 / deviation), -(mean / deviation).unsqueeze(1)], dim=1)
-
-
-def fit_descriptor(descriptor: Descriptor, moments: Sequence[Moments]) -> list[Tensor]:
-    """Set a descriptor's standardization, and the whitening of each level by itself.
-
-    Args:
-        descriptor: Where the results are stored.
-        moments: Those of each level.
-
-    Returns:
-        (C_i, C_i + 2) for each level: the affine map from extended averages and a 1 to whitened descriptors.
-    """
-    fitted = [level.fit() for level in moments]
-    means, deviations, whitenings, shifts = zip(*fitted, strict=True)
-    descriptor.mean.copy_(torch.cat(means))
-    descriptor.deviation.copy_(torch.cat(deviations))
-    descriptor.whiten.copy_(torch.block_diag(*whitenings))  # type: ignore[no-untyped-call]
-    descriptor.shift.copy_(torch.cat(shifts))
-    return [
-        torch.cat([whiten @ _standardization(mean, deviation), shift.unsqueeze(1)], dim=1).float()
-        for mean, deviation, whiten, shift in fitted
-    ]
+        covariance = standardize @ covariance @ standardize.mT
+        blocks = diagonal_blocks(covariance, self.channels)
+        whiten = torch.block_diag(*map(_whitening, blocks))  # type: ignore[no-untyped-call]
+        shift = -whiten @ standardize @ center
+        for buffer, value in (
+            (descriptor.mean, mean),
+            (descriptor.deviation, deviation),
+            (descriptor.whiten, whiten),
+            (descriptor.shift, shift),
+        ):
+            buffer.copy_(value)
+        return torch.cat([whiten @ standardize, shift[:, None]], dim=1).float()
 
 
 def _whitening(covariance: Tensor) -> Tensor:
@@ -166,7 +152,7 @@ def _whitening(covariance: Tensor) -> Tensor:
 
 
 class Reservoir(nn.Module):
-    """A uniform sample of all places of a level, of constant size (reservoir sampling: Vitter, 1985, algorithm R).
+    """A uniform sample of all places, of constant size (reservoir sampling: Vitter, 1985, algorithm R).
 
     Args:
         size: Number of places.
@@ -184,8 +170,7 @@ class Reservoir(nn.Module):
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
-        # Zeros of numpy take no memory until they are written.
-        self.register_buffer("values", torch.from_numpy(np.zeros((size, channels), np.float32)))
+        self.register_buffer("values", torch.zeros(size, channels))
         self.register_buffer("owners", torch.full((size,), -1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
@@ -241,27 +226,26 @@ def places(maps: Tensor, inside: Tensor | None = None) -> Tensor:
     return rows[(share > 0) & (share >= share.amax().clamp(max=0.5))]
 
 
-def extended_average(features: Sequence[Tensor]) -> list[Tensor]:
-    """What :func:`average` makes of features, and behind their channels what it makes of ones.
+def extended_average(features: Sequence[Tensor]) -> Tensor:
+    """Averages of features, and of ones at each level, at the middle level's places.
 
     Args:
         features: (B, C_i, H_i, W_i) for the levels of strides 4, 8 and 16.
 
     Returns:
-        (B, C_i + 1, h_i, w_i) for each level.
+        (B, C + S, H_1, W_1), the ones behind all channels.
     """
-    ones = average([torch.ones_like(level[:1, :1]) for level in features])
-    return [
-        torch.cat([level, one.expand(len(level), -1, -1, -1)], dim=1)
-        for level, one in zip(average(features), ones, strict=True)
-    ]
+    ones = join(average([torch.ones_like(level[:1, :1]) for level in features]))
+    averages = join(average(features))
+    return torch.cat([averages, ones.expand(len(averages), -1, -1, -1)], dim=1)
 
 
 def fill_memory(
     memory: FeatureMemory,
     descriptor: Descriptor,
-    moments: Sequence[Moments],
-    samples: Sequence[tuple[Tensor, Tensor]],
+    moments: Moments,
+    values: Tensor,
+    owners: Tensor,
     level_weights: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Set a descriptor, fill a memory with the candidates that lie farthest from each other, and scale both by level.
@@ -269,70 +253,59 @@ def fill_memory(
     Args:
         memory: The memory.
         descriptor: The descriptor.
-        moments: What the descriptor is made of, for each level.
-        samples: Extended averages of each level's candidates, (n_i, C_i + 1), and numbers of their owners, (n_i,).
+        moments: What the descriptor is made of.
+        values: Extended averages of the candidates, (n, C + S).
+        owners: Numbers of their owners, (n,).
         level_weights: As for :func:`level_scales`.
 
     Returns:
         What each level's distance is at a usual normal place, and how far that of a rare one lies beyond it, (S,) each.
     """
-    size, levels, ranges = len(memory.items), [], []
-    for affine, (values, owners) in zip(fit_descriptor(descriptor, moments), samples, strict=True):
-        candidates = F.linear(values, affine[:, :-1], affine[:, -1])
-        chosen = farthest_points(candidates, min(size, len(candidates)))
-        level = FeatureMemory(size, [candidates.shape[1]]).to(candidates)
-        level.fill([candidates[chosen]], [owners[chosen]])
-        levels.append(level)
-        ranges.append(normal_range(level, candidates, owners))
-    usual, spread = torch.stack(ranges, dim=1)
-    scales = level_scales(usual, spread, level_weights)
-    memory.fill(
-        [level.items * scale for level, scale in zip(levels, scales, strict=True)],
-        [level.owners.squeeze(1) for level in levels],
+    affine = moments.fit(descriptor)
+    candidates = F.linear(values, affine[:, :-1], affine[:, -1])
+    count = min(len(memory.items), len(candidates))
+    levels = torch.split(candidates, memory.channels, dim=1)
+    chosen = [farthest_points(level, count) for level in levels]
+    items = torch.cat([level[rows] for level, rows in zip(levels, chosen, strict=True)], dim=1)
+    memory.fill(items, torch.stack([owners[rows] for rows in chosen], dim=1))
+    scales, usual, spread = level_scales(
+        memory, candidates.to(memory.items), owners.to(memory.items.device), level_weights
     )
-    factors = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device)).to(descriptor.whiten)
+    factors = scales.repeat_interleave(torch.tensor(memory.channels, device=scales.device))
+    memory.items *= factors
     descriptor.whiten *= factors.unsqueeze(1)
     descriptor.shift *= factors
     return scales * usual, scales * spread
 
 
-def normal_range(level: FeatureMemory, candidates: Tensor, owners: Tensor) -> Tensor:
-    """How far normal places lie from a memory without their own image, or, if there is no other, from all of it.
-
-    Args:
-        level: The memory of a level, filled.
-        candidates: Descriptors of normal places, (n, C).
-        owners: Numbers of their owners, (n,).
-
-    Returns:
-        The median, and how far the 99.5 % quantile lies beyond it, (2,).
-    """
-    rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
-    distances = []
-    for part in torch.split(rows, max(COMPARISONS // len(level.items), 1)):
-        residual = level.residual(level.split(candidates[part]), level.own(owners[part]))
-        distances.append(level.lengths(residual).flatten())
-    distance = torch.cat(distances)
-    usual, rare = (torch.quantile(distance, share).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
-    return torch.stack([usual, (rare - usual).clamp(min=SMALLEST_DISTANCE)])
-
-
-def level_scales(usual: Tensor, spread: Tensor, level_weights: Sequence[float] = (1.0, 1.0, 1.0)) -> Tensor:
+def level_scales(
+    memory: FeatureMemory, candidates: Tensor, owners: Tensor, level_weights: Sequence[float] = (1.0, 1.0, 1.0)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factors that make the levels' distances comparable.
 
     A level's distance is divided by its range over normal places, from the median to the 99.5 % quantile. All are
-    multiplied so that the sum of the medians is 1.
+    multiplied so that the sum of the medians is 1. The places are compared with a memory without their own image, or,
+    if there is no other, with all of it.
 
     Args:
-        usual: The medians, (S,).
-        spread: The ranges, (S,).
+        memory: The memory, filled.
+        candidates: Descriptors of normal places, (n, C).
+        owners: Numbers of their owners, (n,).
         level_weights: What the levels count after that.
 
     Returns:
-        (S,).
+        The factors, the medians and the ranges, these without the factors, (S,) each.
     """
-    scales = spread.new_tensor(level_weights) / spread
-    return scales / (scales * usual).sum()
+    rows = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0))[:COMPARED].to(owners.device)
+    distances = []
+    for part in torch.split(rows, max(COMPARISONS // len(memory.items), 1)):
+        residual = memory.residual(memory.split(candidates[part]), memory.own(owners[part]))
+        distances.append(memory.lengths(residual).flatten(1))
+    distance = torch.cat(distances)
+    usual, rare = (torch.quantile(distance, share, dim=0).clamp(min=SMALLEST_DISTANCE) for share in (0.5, RARE))
+    spread = (rare - usual).clamp(min=SMALLEST_DISTANCE)
+    scales = distance.new_tensor(level_weights) / spread
+    return scales / (scales * usual).sum(), usual, spread
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:
