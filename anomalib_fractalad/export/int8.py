@@ -4,14 +4,11 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.deploy import CompressionType
 from anomalib.metrics import F1Score
 from torch import Tensor
 from torchmetrics import Metric
@@ -21,7 +18,6 @@ from anomalib_fractalad.training.random_state import seeded
 from anomalib_fractalad.transforms import FractalAnomalyGenerator
 
 from .memory import quiet
-from .openvino import halve_weights
 
 if TYPE_CHECKING:
     from openvino import Model
@@ -69,7 +65,7 @@ class CalibrationImages(Sequence[Array]):
         return image.unsqueeze(0).numpy()
 
 
-def calibration_images(datamodule: AnomalibDataModule, count: int = 300, seed: int = 0) -> Sequence[Array]:
+def calibration_images(datamodule: AnomalibDataModule | None, count: int = 300, seed: int = 0) -> Sequence[Array]:
     """Images to calibrate INT8 with, from the training images: never those to validate or test with.
 
     Where anomalib splits the images at random, give the data module the ``seed`` of the training's, or its split is
@@ -147,6 +143,21 @@ def quantize(model: "Model", images: Iterable[Array]) -> "Model":
         return nncf.quantize(**_recipe(model, images))
 
 
+def quantize_weights(model: "Model") -> "Model":
+    """Store the weights of the convolutions that :func:`quantize` takes in 8 bits; all is computed in floating point.
+
+    Args:
+        model: An exported network.
+
+    Returns:
+        The compressed network.
+    """
+    import nncf  # noqa: PLC0415
+
+    with quiet():
+        return nncf.compress_weights(model, ignored_scope=_ignored_scope(model))
+
+
 def quantize_within_drop(
     model: "Model",
     datamodule: AnomalibDataModule,
@@ -169,7 +180,7 @@ def quantize_within_drop(
     """
     import nncf  # noqa: PLC0415
 
-    check_compression(CompressionType.INT8_ACQ, datamodule, max_drop)
+    check_validation(datamodule, max_drop)
     _refuse_nan(model)
     images, validation = calibration_images(datamodule), _images(datamodule, "val_data")
     metric = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
@@ -180,6 +191,25 @@ def quantize_within_drop(
             validation_fn=_measure_with(metric, model),
             max_drop=max_drop,
         )
+
+
+def check_validation(datamodule: AnomalibDataModule | None, max_drop: float) -> None:
+    """Refuse what :func:`quantize_within_drop` cannot work with.
+
+    Args:
+        datamodule: Images to calibrate with and to validate on.
+        max_drop: How much the metric may lose.
+
+    Raises:
+        ValueError: If there are no images, or ``max_drop`` is out of range.
+    """
+    calibration_images(datamodule)
+    if not 0 <= max_drop <= 1:
+        msg = f"max_drop is {max_drop}; it must be in [0, 1] (0.01 lets the metric lose one hundredth)"
+        raise ValueError(msg)
+    if not len(_images(datamodule, "val_data")):
+        msg = "INT8_ACQ measures on validation images, and the data module has none: choose another val_split_mode"
+        raise ValueError(msg)
 
 
 def _recipe(model: "Model", images: Iterable[Array]) -> dict[str, Any]:
@@ -193,80 +223,6 @@ def _recipe(model: "Model", images: Iterable[Array]) -> dict[str, Any]:
         "ignored_scope": _ignored_scope(model),
         "fast_bias_correction": False,
     }
-
-
-def compress(
-    model: "Model",
-    compression_type: CompressionType,
-    datamodule: AnomalibDataModule | None = None,
-    metric: Metric | None = None,
-    max_drop: float = 0.01,
-) -> "Model":
-    """Compress an exported network.
-
-    Args:
-        model: The network.
-        compression_type: ``FP16``, ``INT8`` (weights alone), ``INT8_PTQ`` or ``INT8_ACQ``.
-        datamodule: Images for ``INT8_PTQ`` and ``INT8_ACQ``.
-        metric: For ``INT8_ACQ``; left out, F1 of images.
-        max_drop: For ``INT8_ACQ``: how much the metric may lose.
-
-    Returns:
-        The compressed network.
-    """
-    if compression_type == CompressionType.FP16:
-        return halve_weights(model)
-    import nncf  # noqa: PLC0415
-
-    if compression_type == CompressionType.INT8:
-        with quiet():
-            return nncf.compress_weights(model, ignored_scope=_ignored_scope(model))
-    if compression_type == CompressionType.INT8_PTQ:
-        return quantize(model, calibration_images(datamodule))  # type: ignore[arg-type]
-    return quantize_within_drop(model, datamodule, metric, max_drop)  # type: ignore[arg-type]
-
-
-def compress_file(file: Path, target: Path, *arguments: Any) -> None:
-    """Compress an exported network's .xml file to another, whose folder is made; see :func:`compress`."""
-    import openvino  # noqa: PLC0415
-
-    network = openvino.Core().read_model(file, config={"ENABLE_MMAP": False})  # or Windows keeps the file
-    network = compress(network, *arguments)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(network, target, compress_to_fp16=False)
-
-
-def check_compression(
-    compression_type: CompressionType | None,
-    datamodule: AnomalibDataModule | None,
-    max_drop: float,
-) -> None:
-    """Refuse, before a model is exported, what :func:`compress` would refuse afterwards.
-
-    Args:
-        compression_type: What to compress to.
-        datamodule: Its images.
-        max_drop: How much the metric may lose by ``INT8_ACQ``.
-
-    Raises:
-        ValueError: If there are no images, or ``max_drop`` is out of range.
-        ModuleNotFoundError: If NNCF is not installed.
-    """
-    if compression_type == CompressionType.FP16:
-        return
-    if find_spec("nncf") is None:
-        msg = "compression to INT8 needs NNCF: install anomalib-fractalad[openvino]"
-        raise ModuleNotFoundError(msg)
-    if compression_type == CompressionType.INT8:
-        return
-    calibration_images(datamodule)  # type: ignore[arg-type]
-    if compression_type == CompressionType.INT8_ACQ:
-        if not 0 <= max_drop <= 1:
-            msg = f"max_drop is {max_drop}; it must be in [0, 1] (0.01 lets the metric lose one hundredth)"
-            raise ValueError(msg)
-        if not len(_images(datamodule, "val_data")):
-            msg = "INT8_ACQ measures on validation images, and the data module has none: choose another val_split_mode"
-            raise ValueError(msg)
 
 
 class _Items:

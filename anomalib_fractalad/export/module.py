@@ -24,7 +24,7 @@ from torch.export import Dim
 from torchmetrics import Metric
 from torchvision.transforms.v2 import Transform
 
-from .int8 import check_compression, compress, compress_file
+from .compression import check_compression, compress, compress_file
 from .memory import leave_nothing_behind, quiet
 from .networks import exportable
 from .openvino import decide_constant_choices, mark_as_own

@@ -31,10 +31,10 @@ from openvino import Core, Model, Type, opset13
 from torchvision.transforms.v2 import Resize
 
 import anomalib_fractalad
+from anomalib_fractalad.export.compression import halve_weights
 from anomalib_fractalad.export.int8 import CONVOLUTIONS
 from anomalib_fractalad.export.memory import generated_code, leave_nothing_behind, symbolic_shapes
 from anomalib_fractalad.export.networks import MatrixUpsample, exportable
-from anomalib_fractalad.export.openvino import halve_weights
 from anomalib_fractalad.image_files import read_image
 from anomalib_fractalad.post_processing import OrderPreservingPostProcessor
 from anomalib_fractalad.registration import MODELS

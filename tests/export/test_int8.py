@@ -16,11 +16,11 @@ from openvino import Core, Model, PartialShape, convert_model, opset13
 from openvino.frontend.onnx import ConversionExtension
 from torchvision.transforms.v2 import ColorJitter
 
+from anomalib_fractalad.export.compression import compress
 from anomalib_fractalad.export.int8 import (
     CONVOLUTIONS,
     _ignored_scope,
     calibration_images,
-    compress,
     fit,
     plain,
     quantize,
