@@ -19,11 +19,11 @@ class QuickPatchcore(Patchcore):
     """PatchCore with a memory of so many items.
 
     Args:
-        items: Number of items of the memory; all features where there are fewer.
+        items: Number of items of the memory, all features where there are fewer; or, below 1, their share of all features.
         **arguments: Those of anomalib's PatchCore.
     """
 
-    def __init__(self, items: int = 10_000, **arguments: Any) -> None:
+    def __init__(self, items: float = 10_000, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.items = items
 
@@ -31,5 +31,5 @@ class QuickPatchcore(Patchcore):
         """Choose the memory from the features of all training images."""
         features = torch.vstack(self.model.embedding_store)
         self.model.embedding_store.clear()
-        first = torch.randint(len(features), ())
-        self.model.memory_bank = features[farthest_from(first, features, min(self.items, len(features)))]
+        count = min(int(self.items if self.items >= 1 else self.items * len(features)), len(features))
+        self.model.memory_bank = features[farthest_from(torch.randint(len(features), ()), features, count)]

@@ -186,7 +186,7 @@ def test_textures_are_never_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
         ("benchmark.yaml", 24),
         ("benchmark_mobilenet.yaml", 72),
         ("benchmark_magnetic_tile.yaml", 15),
-        ("benchmark_lite0.yaml", 104),
+        ("benchmark_lite0.yaml", 112),
     ],
 )
 def test_the_config_files_are_valid(file: str, count: int) -> None:

@@ -214,11 +214,13 @@ def test_quick_patchcore_chooses_as_anomalib() -> None:
     assert torch.equal(model.model.memory_bank, features[expected])
 
 
-def test_quick_patchcore_keeps_so_many_items() -> None:
-    model = QuickPatchcore(items=7, backbone="resnet18", layers=["layer1"], pre_trained=False)
+@pytest.mark.parametrize("items", [7, 0.06])
+def test_quick_patchcore_keeps_so_many_items(items: float) -> None:
+    model = QuickPatchcore(items=items, backbone="resnet18", layers=["layer1"], pre_trained=False)
     model.train()
     model.training_step(SimpleNamespace(image=torch.rand(2, 3, 32, 32)))
     features = torch.vstack(model.model.embedding_store)
+    assert len(features) == 128
     model.fit()
     assert model.model.memory_bank.shape == (7, 64)
     assert (model.model.memory_bank[:, None] == features).all(dim=2).any(dim=1).all()
