@@ -19,7 +19,7 @@ class QuickPatchcore(Patchcore):
     """PatchCore with a memory of so many items.
 
     Args:
-        items: Number of items of the memory, all features where there are fewer; or, below 1, their share of all features.
+        items: Number of items of the memory, all features where there are fewer; or, below 1, which share of these.
         **arguments: Those of anomalib's PatchCore.
     """
 
