@@ -2,6 +2,7 @@
 """INT8: the recipe, and the images that it is calibrated with; for any anomalib model."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ IMAGE_CHANNELS = 3
 _ANY_SIZE = 256, 256  # to tell the layers' sizes of a network for images of any size
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+
+logger = logging.getLogger(__name__)
 
 
 class CalibrationImages(Sequence[Array]):
@@ -139,8 +142,7 @@ def quantize(model: "Model", images: Iterable[Array]) -> "Model":
     import nncf  # noqa: PLC0415
 
     _refuse_nan(model)
-    with quiet():
-        return nncf.quantize(**_recipe(model, images))
+    return _follow(_recipe(model, images), nncf.quantize)
 
 
 def quantize_weights(model: "Model") -> "Model":
@@ -184,13 +186,12 @@ def quantize_within_drop(
     _refuse_nan(model)
     images, validation = calibration_images(datamodule), _images(datamodule, "val_data")
     metric = F1Score(fields=["pred_label", "gt_label"]) if metric is None else metric
-    with quiet():
-        return nncf.quantize_with_accuracy_control(
-            **_recipe(model, images),
-            validation_dataset=nncf.Dataset(_Items(plain(validation))),
-            validation_fn=_measure_with(metric, model),
-            max_drop=max_drop,
-        )
+    control = {
+        "validation_dataset": nncf.Dataset(_Items(plain(validation))),
+        "validation_fn": _measure_with(metric, model),
+        "max_drop": max_drop,
+    }
+    return _follow({**_recipe(model, images), **control}, nncf.quantize_with_accuracy_control)
 
 
 def check_validation(datamodule: AnomalibDataModule | None, max_drop: float) -> None:
@@ -329,6 +330,20 @@ def fit(image: Array, model: "Model") -> Array:
             resized: Tensor = resize(torch.from_numpy(image), size, antialias=True)
             image = resized.numpy()
     return np.repeat(image, batch.get_length(), axis=0) if batch.is_static else image
+
+
+def _follow(recipe: dict[str, Any], quantization: Callable[..., "Model"]) -> "Model":
+    """Quantize, if need be with a simpler correction of biases.
+
+    NNCF corrects them layer by layer, and in some networks, as with ADPS and a ResNet-D, loses track of a layer beside
+    another one.
+    """
+    with quiet():
+        try:
+            return quantization(**recipe)
+        except KeyError as fault:
+            logger.warning("NNCF cannot correct biases layer by layer here (it misses %s); it does so at once", fault)
+            return quantization(**{**recipe, "fast_bias_correction": True})
 
 
 def _length(images: Iterable[Array]) -> int:

@@ -203,6 +203,22 @@ def test_the_other_kinds_of_int8_take_the_same_convolutions(tiles: Folder, tmp_p
         assert not np.array_equal(found, expected), kind
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_a_network_whose_biases_nncf_cannot_correct_layer_by_layer(
+    kind: CompressionType, tiles: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_model("ADPS")
+    small_engine(tmp_path, max_steps=1).fit(model, datamodule=tiles)
+    network = Core().read_model(model.to_openvino(tmp_path, input_size=(64, 64)))
+    compressed = compress(network.clone(), kind, tiles, F1Score(["pred_label", "gt_label"]))
+    assert "NNCF cannot correct biases layer by layer here (it misses 'node_Conv" in caplog.text
+    images = [plain(tiles.test_data)[index].image.unsqueeze(0).numpy() for index in range(len(tiles.test_data))]
+    found, expected = maps_of(compressed, images), maps_of(network, images)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+    assert not np.array_equal(found, expected)
+
+
 def maps_of(network: Model, images: list[Any]) -> Any:
     """Anomaly maps of images, (N, 1, H, W)."""
     run = Core().compile_model(network, "CPU", FLOAT32)
