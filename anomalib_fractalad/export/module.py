@@ -19,6 +19,8 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 from torch.export import Dim
 from torchmetrics import Metric
@@ -40,6 +42,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
+PADDED_BY_SIZE = Conv2dSame, StdConv2dSame, ScaledStdConv2dSame, AvgPool2dSame
 EXPORT_OPSET = 18  # grid_sample needs 16; torch's exporter writes 18 and can only fail to go below
 
 
@@ -139,7 +142,7 @@ class ExportModule(_Base):
 
     def _refuse_any_size(self) -> None:
         # Padding by the image's size is a rounded fraction of a rounded one at each layer: torch's exporter never ends.
-        if self.takes_any_size and not any(isinstance(module, Conv2dSame) for module in self.model.modules()):
+        if self.takes_any_size and not any(isinstance(module, PADDED_BY_SIZE) for module in self.model.modules()):
             return
         resizing = "without a pre-processor"
         if self._transform is not None:

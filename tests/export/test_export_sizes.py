@@ -114,6 +114,8 @@ def test_sizes_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     padded = {**settings, "backbone": "tf_efficientnet_lite0", "distillation": False}
     with pytest.raises(ValueError, match=r"FractalAD without a pre-processor .* give input_size"):
         anomalib_fractalad.FractalAD(**padded).to_onnx(tmp_path)
+    with pytest.raises(ValueError, match=r"FractalMemory without a pre-processor .* give input_size"):
+        small_model("FractalMemory", backbone="dm_nfnet_f0", memory_size=5, pre_processor=False).to_onnx(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
