@@ -4,6 +4,7 @@
 import argparse
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -177,15 +178,17 @@ def _example(category: str) -> dict[str, Path]:
 def _build(given: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not the user's doing
     print("starting ...", flush=True)
-    from anomalib_fractalad.build import build_part  # noqa: PLC0415
-
     options = {name: value for name, value in vars(given).items() if name != "command" and value is not None}
     if str(given.good) in EXAMPLES and not given.good.exists():
         options |= _example(str(given.good)) if given.bad is None else {"good": _example(str(given.good))["good"]}
     try:
+        from anomalib_fractalad.build import build_part  # noqa: PLC0415
+
         build_part(**options)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on, and {PROGRAM} status {given.output} tells how far it is")
+        state = given.output / "work" / "state.json"
+        told = f", and {PROGRAM} status {shlex.quote(str(given.output))} tells how far it is" if state.exists() else ""
+        print(f"\nstopped; the same command goes on{told}")
         return 130
     return 0
 

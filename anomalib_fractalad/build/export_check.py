@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether exported networks score and decide as torch does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 FP32, INT8, ONNX = "openvino_fp32", "openvino_int8", "onnx"
 FILES = {FP32: "model/fp32.xml", INT8: "model/int8.xml", ONNX: "model/model.onnx"}
 MARGIN = 1e-6  # another processor may round otherwise
+ROUNDING = 1e-5  # of one image's score, by itself and in a batch as when the threshold was found
 
 _Prediction = dict[str, Any]
 
 
 def check_exports(
-    model: "OneClassModule", folder: Path, names: Sequence[str], images: Sequence[Path]
+    model: "OneClassModule",
+    folder: Path,
+    names: Sequence[str],
+    images: Sequence[Path],
+    calibration: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Compare exported networks with torch.
 
@@ -35,6 +40,7 @@ def check_exports(
         folder: The part folder.
         names: Which of its exports to check.
         images: Image files.
+        calibration: Those of the good images that the threshold was found with.
 
     Returns:
         ``images``, their number, and for each export ``score`` and ``map``, the largest differences, ``threshold``,
@@ -52,7 +58,8 @@ def check_exports(
     with _evaluating(model):
         for path in images:
             prediction = _in_torch(model, path)
-            expected.append({"path": str(path), "pred_score": prediction["pred_score"]})
+            score = prediction["pred_score"]
+            expected.append({"path": str(path), "pred_score": score, "calibrates": path in calibration})
             for name, run in runs.items():
                 found[name].add(prediction, run(path))
     check = {name: comparison.result(expected, threshold) for name, comparison in found.items()}
@@ -75,13 +82,21 @@ class Comparison:
     def result(self, expected: Sequence[_Prediction], threshold: float) -> dict[str, Any]:
         """Compare decisions, at a threshold that is not below the scores of those images that are torch's threshold.
 
-        Conformal calibration makes the score of an image the threshold. Rounding may bring it out just above, and it
-        would raise an alarm that the promise does not allow for.
+        Conformal calibration makes the score of an image the threshold. Rounding may bring it out just above, here or
+        in torch, and it would raise an alarm that the promise does not allow for.
         """
         pairs = list(zip(expected, self.scores, strict=True))
-        ties = [score + MARGIN for ours, score in pairs if ours["pred_score"] == threshold < score]
+        is_tie = [
+            ours["pred_score"] == threshold or (ours["calibrates"] and abs(ours["pred_score"] - threshold) < ROUNDING)
+            for ours in expected
+        ]
+        ties = [score + MARGIN for score, tie in zip(self.scores, is_tie, strict=True) if tie and score > threshold]
         own = max([threshold, *ties])
-        changed = [ours["path"] for ours, score in pairs if (ours["pred_score"] > threshold) != (score > own)]
+        changed = [
+            ours["path"]
+            for (ours, score), tie in zip(pairs, is_tie, strict=True)
+            if (ours["pred_score"] > threshold and not tie) != (score > own)
+        ]
         return {
             "score": max(abs(ours["pred_score"] - score) for ours, score in pairs),
             "map": self.map_difference,

@@ -80,7 +80,7 @@ def export_part(
     part["files"] = {name: FILES[name] for name in files}
     _write(folder, part)
     logger.info("Checking the exported networks on %d images", len(paths))
-    part["check"] = check_exports(model, folder, list(files), paths)
+    part["check"] = check_exports(model, folder, list(files), paths, {*map(Path, good_validation_images(datamodule))})
     part["int8"] = _choose_int8(part["check"], wanted=int8)
     _choose_network(folder, part)
     _write(folder, part)

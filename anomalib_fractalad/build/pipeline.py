@@ -14,6 +14,7 @@ from typing import Any, cast
 import yaml
 from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
+from filelock import FileLock, Timeout
 from lightning import seed_everything
 
 from anomalib_fractalad.models.components.lightning_module import OneClassModule
@@ -29,6 +30,7 @@ from .training import train, trainer_length
 from .trials import Trial, make_trials
 
 CHECKPOINT = "model.ckpt"
+_LOCK = "lock"
 _CHECKED_BAD = 200  # bad images that exported networks are checked with, at most
 _TRIALS = 120  # defects to choose by
 _SHOWN_TRIALS, _SHOWN_SOURCES = 60, 20  # defects in the report, and images that they are made in
@@ -70,14 +72,50 @@ def build_part(
     request = Request(Path(good), Path(output), **{**options, **paths})
     request.check()
     progress = progress or Progress()
-    work = request.output / WORK
-    if restart and (work / "state.json").exists():
-        shutil.rmtree(work)
-    state = State(work / "state.json")
-    if state.begin(request.plain()):
-        progress.line(f"going on with {request.output}")
-    with quiet(work / "build.log"), _interruptible():
-        return _Build(request, state, progress).run()
+    work, asked = request.output / WORK, request.plain()
+    with _alone_in(work), quiet(work / "build.log"), _interruptible():
+        state = State(work / "state.json")
+        if not restart and state.is_of(asked):
+            progress.line(f"going on with {request.output}")
+        build = _Build(request, state, progress)
+        found = build.look()  # what is refused here leaves all as it was
+        if restart:
+            _clear(work)
+            state.content = {}
+        state.save(request=asked)
+        return build.run(*found)
+
+
+@contextlib.contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Keep other builds out of a folder, which is removed if nothing begins in it."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        msg = f"{work.parent} is being built by another process: wait for it, or take another --output"
+        raise ValueError(msg) from None
+    except OSError as error:
+        msg = f"--output {work.parent} cannot be written ({error.strerror}); give a folder that can"
+        raise ValueError(msg) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if not (work / "state.json").exists():
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other files
+                work.parent.rmdir()
+
+
+def _clear(work: Path) -> None:
+    """Remove what an earlier build did, but for what is in use."""
+    for item in work.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name not in {_LOCK, "build.log"}:
+            item.unlink()
 
 
 @contextlib.contextmanager
@@ -104,8 +142,8 @@ class _Build:
         self._request, self._state, self._progress = request, state, progress
         self._work = request.output / WORK
 
-    def run(self) -> Path:
-        """Do all stages."""
+    def look(self) -> tuple[Look, Split, Any, list[Candidate], list[Path]]:
+        """The first stage: look at the images, and refuse what nothing can be built of."""
         request, progress = self._request, self._progress
         progress.stage(f"looking at {request.good}")
         found = look(request.good, request.group, [request.output])
@@ -115,6 +153,11 @@ class _Build:
         region = self._region(found)
         pool = candidates(found, self._common(), request.candidates)
         bad = request.files(request.bad) if request.bad is not None else []
+        return found, dealt, region, pool, bad
+
+    def run(self, found: Look, dealt: Split, region: Any, pool: Sequence[Candidate], bad: Sequence[Path]) -> Path:
+        """All other stages."""
+        progress = self._progress
         counts = (
             f"{len(dealt.train)} to train on, {len(dealt.held)} held out, {len(dealt.calibration)} to calibrate with"
         )

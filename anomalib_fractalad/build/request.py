@@ -80,7 +80,8 @@ class Request:
         if self.output.exists() and not self.output.is_dir():
             msg = f"--output {self.output} is a file; give a folder"
             raise ValueError(msg)
-        if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / WORK / "state.json").exists():
+        has_others = self.output.is_dir() and any(item.name != WORK for item in self.output.iterdir())
+        if has_others and not (self.output / WORK / "state.json").exists():
             msg = f"--output {self.output} holds files that are of no build; give a new folder"
             raise ValueError(msg)
 

@@ -38,8 +38,8 @@ class State:
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.content = json.loads(file.read_text(encoding="utf-8"))
 
-    def begin(self, request: Mapping[str, Any]) -> bool:
-        """Begin a build, or go on with it; whether it goes on.
+    def is_of(self, request: Mapping[str, Any]) -> bool:
+        """Whether there is a build of what is asked for.
 
         Args:
             request: What is asked for, as plain data.
@@ -57,7 +57,6 @@ class State:
                 "--restart to build anew there"
             )
             raise ValueError(msg)
-        self.save(request=asked)
         return before is not None
 
     def save(self, **values: Any) -> None:

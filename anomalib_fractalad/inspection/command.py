@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from .inspector import FIELDS, Inspector
-from .reading import find_images
+from .reading import EXTENSIONS, find_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-ALL_GOOD, SOME_ANOMALOUS, FAILED = 0, 1, 2
+ALL_GOOD, SOME_ANOMALOUS, FAILED, STOPPED = 0, 1, 2, 130
 EPILOG = """\
 Each image gives a line: image, score (0 to 1; the threshold is 0.5 unless the part says otherwise), decision (good,
 anomalous or unreadable), defects (box: left, top, right, bottom; area; both in pixels of the image), milliseconds from
@@ -32,6 +32,7 @@ exit status:
   0  all images are good
   1  some are anomalous, and all could be read
   2  some could not be read, or there were none, or the command was given wrongly
+  130  stopped before the first image
 """
 
 
@@ -118,11 +119,24 @@ def inspect_main(
     parser = inspect_parser(prog, has_part=part is not None)
     given = parser.parse_args(argv)
     _check(parser, given)
+    _check_output(parser, given)
+    try:
+        return _inspect(parser, given, part)
+    except KeyboardInterrupt:
+        return STOPPED
+
+
+def _inspect(parser: _Parser, given: argparse.Namespace, part: str | Path | None) -> int:
     try:
         inspector = Inspector(part if part is not None else given.part, given.device, given.threshold)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         parser.error(_one_line(error))
     folder = Path(given.heat_maps).resolve() if given.heat_maps else None
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--heat-maps: {_one_line(error)}; give a folder that can be written")
 
     def inspect(path: Path) -> dict[str, Any]:
         return inspector.inspect(path, folder and folder / _place(path, given.images))
@@ -160,7 +174,7 @@ def _check(parser: _Parser, given: argparse.Namespace) -> None:
         if given.watch and not path.is_dir():
             parser.error(f"--watch takes folders, and {path} is none")
         if not path.exists() and not path.suffix:
-            parser.error(f"there is no {path}")
+            parser.error(f"{path} does not exist")
         if given.heat_maps and path.resolve().is_relative_to(Path(given.heat_maps).resolve()):
             parser.error(f"{path} lies in the folder of the heat maps: choose another with --heat-maps")
     if given.idle is not None and not given.watch:
@@ -171,6 +185,26 @@ def _check(parser: _Parser, given: argparse.Namespace) -> None:
             parser.error(f"--{name} is {value}; it must be seconds, 0 or more")
     if given.threshold is not None and not 0 <= given.threshold <= 1:
         parser.error(f"--threshold is {given.threshold}; scores lie between 0 and 1")
+
+
+def _check_output(parser: _Parser, given: argparse.Namespace) -> None:
+    if given.output and Path(given.output).suffix.lower() in EXTENSIONS:
+        parser.error(f"--output {given.output} has an image's ending: give another file")
+    held = _format_of(Path(given.output)) if given.output else None
+    if held == "other":
+        parser.error(f"--output {given.output} exists and holds no results of this command: give another file")
+    if held and given.watch and held != given.format:
+        parser.error(f"--output {given.output} holds {held}: give --format {held}, or another file")
+
+
+def _format_of(file: Path) -> str | None:
+    """What a file holds: csv or json, results that this command wrote; other; or none, nothing."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    with file.open("rb") as opened:
+        begin = opened.read(100)
+    begins = {"csv": ",".join(FIELDS), "json": '{"image": '}
+    return next((kind for kind, text in begins.items() if begin.startswith(text.encode())), "other")
 
 
 def _place(path: Path, images: Sequence[str]) -> Path:
@@ -196,13 +230,17 @@ def _writer(stack: ExitStack, output: str | None, kind: str, *, go_on: bool) -> 
         path = Path(output)
         is_new = not go_on or not path.is_file() or not path.stat().st_size
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = "w" if is_new else "a"
-        file = stack.enter_context(path.open(mode, encoding="utf-8", errors="backslashreplace", newline=""))
+        file = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace", newline=""))
     table = csv.writer(file, lineterminator="\n")
-    if kind == "csv" and is_new:
-        table.writerow(FIELDS)
 
     def write(row: dict[str, Any]) -> None:
+        nonlocal is_new
+        if is_new:  # what was there stays until there is something to take its place
+            if output is not None:
+                file.truncate(0)
+            if kind == "csv":
+                table.writerow(FIELDS)
+            is_new = False
         if kind == "csv":
             table.writerow([json.dumps(row[name]) if name == "defects" else row[name] for name in FIELDS])
         else:

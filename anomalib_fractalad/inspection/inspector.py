@@ -33,6 +33,7 @@ class Inspector:
 
     Raises:
         FileNotFoundError: If the folder is no part folder.
+        ValueError: If the folder is damaged, or the device cannot run the network.
     """
 
     def __init__(
@@ -42,13 +43,28 @@ class Inspector:
         if not file.is_file():
             msg = f"{part} is no part folder: it holds no part.json"
             raise FileNotFoundError(msg)
-        self.part: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            self.part: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            path = Path(part) / (network or self.part["network"])
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f"{file} is damaged ({error!r}): copy the part folder anew, or build it anew"
+            raise ValueError(msg) from error
         self.threshold = threshold
         from openvino import Core  # noqa: PLC0415
 
         # On processors with bfloat16, OpenVINO would compute in it, and scores would differ from those in training.
         settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        compiled = Core().compile_model(str(Path(part) / (network or self.part["network"])), device, settings)
+        core = Core()
+        try:
+            model = core.read_model(str(path))
+        except RuntimeError as error:
+            msg = f"{path}, or the .bin file beside it, is damaged: copy the part folder anew, or build it anew"
+            raise ValueError(msg) from error
+        try:
+            compiled = core.compile_model(model, device, settings)
+        except RuntimeError as error:
+            msg = f"--device {device} cannot run {path}; OpenVINO finds {', '.join(core.available_devices)}: {error}"
+            raise ValueError(msg) from error
         self.request = compiled.create_infer_request()
         self.outputs = {name: i for i, output in enumerate(compiled.outputs) for name in output.get_names()}
 

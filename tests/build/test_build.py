@@ -19,6 +19,7 @@ import yaml
 from anomalib.cli import AnomalibCLI
 from anomalib.data import InferenceBatch
 from conftest import save
+from filelock import FileLock
 from torchvision.transforms.v2 import Resize
 
 from anomalib_fractalad import FractalMemory
@@ -215,11 +216,42 @@ def test_anomalib_trains_the_same_model(built: SimpleNamespace, tmp_path: Path) 
 def test_mistakes(built: SimpleNamespace, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_part(built.root / "good", tmp_path / "part", **options(built.root, **changes), progress=Progress(None))
-    assert not (tmp_path / "part" / "work" / "choice").exists()
+    assert not (tmp_path / "part").exists()
     (tmp_path / "own").mkdir()
     (tmp_path / "own/notes.txt").touch()
     with pytest.raises(ValueError, match="own holds files that are of no build; give a new folder"):
         build_part(built.root / "good", tmp_path / "own", **options(built.root))
+
+
+def test_what_is_refused_leaves_an_earlier_build_as_it_was(built: SimpleNamespace) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.part.rglob("*") if path.is_file() and path.suffix}
+    with pytest.raises(ValueError, match="give --false-alarms"):
+        build_part(
+            built.root / "good",
+            **options(built.root, false_alarms=0.001),
+            output=built.part,
+            restart=True,
+            progress=Progress(None),
+        )
+    after = {path: path.stat().st_mtime_ns for path in built.part.rglob("*") if path.is_file() and path.suffix}
+    before.pop(built.part / "work/build.log", None), after.pop(built.part / "work/build.log", None)
+    assert before == after
+
+
+def test_two_builds_in_one_folder_are_refused(built: SimpleNamespace) -> None:
+    with (
+        FileLock(built.part / "work/lock"),
+        pytest.raises(ValueError, match="part1 is being built by another process: wait for it, or take another"),
+    ):
+        build_part(built.root / "good", **options(built.root), output=built.part, progress=Progress(None))
+
+
+def test_a_folder_that_cannot_be_written_is_named(built: SimpleNamespace) -> None:
+    inside = built.root / "good" / "0.txt"
+    inside.touch()
+    with pytest.raises(ValueError, match=r"--output .* cannot be written \(Not a directory\); give a folder that can"):
+        build_part(built.root / "good", **options(built.root), output=inside / "part", progress=Progress(None))
+    inside.unlink()
 
 
 def test_the_program_tells_mistakes_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,14 +154,19 @@ def test_thresholds_of_exported_networks(part: Part, tmp_path: Path) -> None:
 
     comparison = Comparison()
     torch_scores, scores = [0.2, 0.5, 0.6, 0.51], [0.3, 0.52, 0.53, 0.51]
+    # By itself, an image that the threshold was found with may come out beside it, in torch as well.
+    torch_scores += [0.499999, 0.500001, 0.500001]
+    scores += [0.521, 0.45, 0.45]
     for ours, theirs in zip(torch_scores, scores, strict=True):
         comparison.add(
             {"pred_score": ours, "anomaly_map": np.zeros(2)}, {"pred_score": theirs, "anomaly_map": np.ones(2)}
         )
-    expected = [{"path": str(i), "pred_score": score} for i, score in enumerate(torch_scores)]
+    expected = [
+        {"path": str(i), "pred_score": score, "calibrates": i in {4, 5}} for i, score in enumerate(torch_scores)
+    ]
     result = comparison.result(expected, 0.5)
-    assert 0.52 < result["threshold"] < 0.5201
-    assert result["decisions_changed"] == ["3"]
+    assert 0.521 < result["threshold"] < 0.5211
+    assert result["decisions_changed"] == ["3", "6"]
     assert result["map"] == 1
     assert result["score"] == pytest.approx(0.1)
 
@@ -190,6 +195,21 @@ def test_what_cannot_become_a_part(part: Part, tile_root: Path, tmp_path: Path) 
         part.model.pre_processor = pre_processor
     with pytest.raises(FileNotFoundError, match="is no part folder"):
         Inspector(tmp_path)
+
+
+def test_a_damaged_part_is_named(part: Part, tmp_path: Path) -> None:
+    copy = tmp_path / "part"
+    shutil.copytree(part.folder, copy)
+    with pytest.raises(ValueError, match=r"--device NPUX cannot run .*\.xml; OpenVINO finds .*CPU"):
+        Inspector(copy, "NPUX")
+    for file in (copy / "model").glob("*.bin"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"\.xml, or the \.bin file beside it, is damaged: copy the part folder anew"):
+        Inspector(copy)
+    for content in ('{"format": 1,', "{}", "[]", ""):
+        (copy / "part.json").write_text(content)
+        with pytest.raises(ValueError, match=r"part.json is damaged .*: copy the part folder anew, or build it anew"):
+            Inspector(copy)
 
 
 def test_a_region_of_other_proportions_is_refused(part: Part, tmp_path: Path) -> None:

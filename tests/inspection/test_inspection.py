@@ -114,15 +114,23 @@ def test_lines_heat_maps_and_exit_status(folder: Path, capsys: pytest.CaptureFix
 
 def test_wrong_calls_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "empty").mkdir()
+    (folder.parent / "old.csv").write_text("image,score,decision,defects,milliseconds,error\n")
     for arguments, message in (
         ((folder / "missing", folder), "no part folder"),
-        ((folder, folder / "missing"), "there is no "),
+        ((folder, folder / "missing"), "missing does not exist"),
         ((folder, folder / "part.png", "--watch"), "--watch takes folders"),
         ((folder, folder / "left", "--heat-maps", folder), "lies in the folder of the heat maps"),
         ((folder, folder, "--idle", "3"), "--idle needs --watch"),
         ((folder, folder, "--watch", "--idle", "nan"), "--idle is nan"),
         ((folder, folder, "--threshold", "7"), "--threshold is 7.0; scores lie between 0 and 1"),
         ((folder, folder, "--output", folder), "--output: "),
+        ((folder, folder, "--output", folder / "part.png"), "part.png has an image's ending: give another file"),
+        ((folder, folder, "--output", folder / "left/notes.txt"), "notes.txt exists and holds no results of this"),
+        (
+            (folder, folder, "--watch", "--format", "json", "--output", folder.parent / "old.csv"),
+            "old.csv holds csv: give --format csv, or another file",
+        ),
+        ((folder, folder, "--heat-maps", folder.parent / "old.csv"), "--heat-maps: "),
         ((), "the following arguments are required"),
     ):
         with pytest.raises(SystemExit) as error:
@@ -130,8 +138,28 @@ def test_wrong_calls_are_one_line(folder: Path, capsys: pytest.CaptureFixture[st
         assert error.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
-    assert run(folder, folder / "empty") == 2
+    assert (folder / "part.png").read_text() == "good"
+    assert run(folder, folder / "empty", "--output", folder.parent / "old.csv") == 2
     assert "error: there is no image in " in capsys.readouterr().err
+    assert (folder.parent / "old.csv").stat().st_size  # nothing takes its place
+
+
+def test_results_take_the_place_of_older_ones(folder: Path, tmp_path: Path) -> None:
+    for kind in ("csv", "json", "csv"):
+        assert run(tmp_path, folder, "--format", kind, "--output", tmp_path / "lines.csv") == 0
+    with (tmp_path / "lines.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_stopped_while_it_loads_the_part_it_says_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "Inspector", stop)
+    assert run(folder, folder) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 class Clock:

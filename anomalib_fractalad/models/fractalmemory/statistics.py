@@ -49,7 +49,10 @@ def check_sizes(memory_size: int, reservoir_size: int) -> None:
     """
     check_count(memory_size=memory_size, reservoir_size=reservoir_size)
     if reservoir_size < memory_size:
-        msg = f"reservoir_size is {reservoir_size}; it must be at least memory_size, which is {memory_size}"
+        msg = (
+            f"memory_size is {memory_size}, and reservoir_size {reservoir_size}, which items are chosen from: give "
+            f"memory_size {reservoir_size} at most, or a larger reservoir_size"
+        )
         raise ValueError(msg)
 
 
