@@ -75,6 +75,10 @@ def config(name: str | None = None) -> str:
     return str(files[name.removesuffix(".yaml")])
 
 
+def _state_file(folder: Path) -> Path:
+    return folder / "work" / "state.json"
+
+
 def build_status(folder: Path) -> str:
     """Tell how far the build of a part is.
 
@@ -87,7 +91,7 @@ def build_status(folder: Path) -> str:
     Raises:
         ValueError: If it holds no build.
     """
-    file = folder / "work" / "state.json"
+    file = _state_file(folder)
     if not file.is_file():
         msg = f"{folder} holds no build; give the folder that was named to build as --output"
         raise ValueError(msg)
@@ -179,15 +183,15 @@ def _build(given: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # not the user's doing
     print("starting ...", flush=True)
     options = {name: value for name, value in vars(given).items() if name != "command" and value is not None}
-    if str(given.good) in EXAMPLES and not given.good.exists():
-        options |= _example(str(given.good)) if given.bad is None else {"good": _example(str(given.good))["good"]}
     try:
+        if str(given.good) in EXAMPLES and not given.good.exists():
+            options |= _example(str(given.good)) if given.bad is None else {"good": _example(str(given.good))["good"]}
         from anomalib_fractalad.build import build_part  # noqa: PLC0415
 
         build_part(**options)
     except KeyboardInterrupt:
-        state = given.output / "work" / "state.json"
-        told = f", and {PROGRAM} status {shlex.quote(str(given.output))} tells how far it is" if state.exists() else ""
+        begun = _state_file(given.output).exists()
+        told = f", and {PROGRAM} status {shlex.quote(str(given.output))} tells how far it is" if begun else ""
         print(f"\nstopped; the same command goes on{told}")
         return 130
     return 0

@@ -86,16 +86,17 @@ class Comparison:
         in torch, and it would raise an alarm that the promise does not allow for.
         """
         pairs = list(zip(expected, self.scores, strict=True))
-        is_tie = [
-            ours["pred_score"] == threshold or (ours["calibrates"] and abs(ours["pred_score"] - threshold) < ROUNDING)
-            for ours in expected
-        ]
-        ties = [score + MARGIN for score, tie in zip(self.scores, is_tie, strict=True) if tie and score > threshold]
+
+        def is_threshold(ours: _Prediction) -> bool:
+            beside = abs(ours["pred_score"] - threshold)
+            return bool(beside == 0 or (ours["calibrates"] and beside < ROUNDING))
+
+        ties = [score + MARGIN for ours, score in pairs if is_threshold(ours) and score > threshold]
         own = max([threshold, *ties])
         changed = [
             ours["path"]
-            for (ours, score), tie in zip(pairs, is_tie, strict=True)
-            if (ours["pred_score"] > threshold and not tie) != (score > own)
+            for ours, score in pairs
+            if (ours["pred_score"] > threshold and not is_threshold(ours)) != (score > own)
         ]
         return {
             "score": max(abs(ours["pred_score"] - score) for ours, score in pairs),

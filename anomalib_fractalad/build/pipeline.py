@@ -30,7 +30,7 @@ from .training import train, trainer_length
 from .trials import Trial, make_trials
 
 CHECKPOINT = "model.ckpt"
-_LOCK = "lock"
+_LOCK, _LOG = "lock", "build.log"
 _CHECKED_BAD = 200  # bad images that exported networks are checked with, at most
 _TRIALS = 120  # defects to choose by
 _SHOWN_TRIALS, _SHOWN_SOURCES = 60, 20  # defects in the report, and images that they are made in
@@ -73,7 +73,7 @@ def build_part(
     request.check()
     progress = progress or Progress()
     work, asked = request.output / WORK, request.plain()
-    with _alone_in(work), quiet(work / "build.log"), _interruptible():
+    with _alone_in(work), quiet(work / _LOG), _interruptible():
         state = State(work / "state.json")
         if not restart and state.is_of(asked):
             progress.line(f"going on with {request.output}")
@@ -114,7 +114,7 @@ def _clear(work: Path) -> None:
     for item in work.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
-        elif item.name not in {_LOCK, "build.log"}:
+        elif item.name not in {_LOCK, _LOG}:
             item.unlink()
 
 

@@ -188,9 +188,11 @@ def _check(parser: _Parser, given: argparse.Namespace) -> None:
 
 
 def _check_output(parser: _Parser, given: argparse.Namespace) -> None:
-    if given.output and Path(given.output).suffix.lower() in EXTENSIONS:
+    if not given.output:
+        return
+    if Path(given.output).suffix.lower() in EXTENSIONS:
         parser.error(f"--output {given.output} has an image's ending: give another file")
-    held = _format_of(Path(given.output)) if given.output else None
+    held = _format_of(Path(given.output))
     if held == "other":
         parser.error(f"--output {given.output} exists and holds no results of this command: give another file")
     if held and given.watch and held != given.format:
@@ -228,7 +230,7 @@ def _writer(stack: ExitStack, output: str | None, kind: str, *, go_on: bool) -> 
             file.reconfigure(errors="backslashreplace")  # names that are no text
     else:
         path = Path(output)
-        is_new = not go_on or not path.is_file() or not path.stat().st_size
+        is_new = not go_on or _format_of(path) is None
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace", newline=""))
     table = csv.writer(file, lineterminator="\n")
